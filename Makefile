@@ -1,0 +1,45 @@
+# `make run` tries the proxy, `make test` checks everything. Both need python3 (3.11 or later) with venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+SOURCES = pyproject.toml setup.cfg
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint check clean
+
+run: $(VENV)/installed
+	$(BIN)/python -m llmproxy --demo
+
+test: lint check
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check: $(VENV)/installed-dev mongod
+	$(BIN)/python -m pytest
+
+.PHONY: mongod
+mongod: $(VENV)/installed-dev
+	@ldconfig -p | grep -q 'libcurl\.so\.4' || { \
+	  echo "make test: the MongoDB server for tests needs libcurl4: apt-get install libcurl4" >&2; exit 1; }
+	$(BIN)/python tests/mongod.py --fetch
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "llmproxy needs Python 3.11 or later: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# Building a wheel without isolation, as the tests do, needs a later setuptools than some venvs have.
+$(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,22 @@
+// The proxy's user, with the two rights it needs. A role lives in the database where it is created,
+// and the user's grants name that database.
+const { readFileSync } = require("fs");
+
+db.getSiblingDB("cgc").createRole({
+  role: "apiKeysReader",
+  privileges: [{ resource: { db: "cgc", collection: "api_keys" }, actions: ["find"] }],
+  roles: [],
+});
+db.getSiblingDB("billing").createRole({
+  role: "completionBillingWriter",
+  privileges: [{ resource: { db: "billing", collection: "events_oneoff" }, actions: ["insert"] }],
+  roles: [],
+});
+db.getSiblingDB("cgc").createUser({
+  user: "llmproxy",
+  pwd: readFileSync("/run/secrets/mongodb_password", "utf8").trim(),
+  roles: [
+    { role: "apiKeysReader", db: "cgc" },
+    { role: "completionBillingWriter", db: "billing" },
+  ],
+});

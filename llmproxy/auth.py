@@ -1,0 +1,160 @@
+"""Keys: from a request's headers to an account, past a bounded cache.
+
+A known key is trusted for `fresh_s` after a look-up, so that its revocation is seen within that
+time. While the store is down it is trusted for `stale_max_s`. A key that was not found is
+remembered for `fresh_s` too, so that a flood of guesses does not become a flood of queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import TimeoutError as TwistedTimeoutError
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from llmproxy.endpoints import Dialect
+from llmproxy.errors import InvalidKey, StorageError, Unavailable
+from llmproxy.model import Account, utcnow
+from llmproxy.storage import IAccounts
+
+#: Longest key that is looked at; longer ones can't be ours.
+MAX_KEY_BYTES = 512
+#: How long one look-up may take.
+LOOKUP_TIMEOUT_S = 1.5
+#: How many keys are remembered, found and not found each.
+CACHE_SIZE = 10_000
+
+
+def key_of(authorization: Sequence[bytes], x_api_key: Sequence[bytes], dialect: Dialect) -> bytes:
+    """The key that a request carries: exactly one, spelled exactly. Raises InvalidKey.
+
+    `Authorization: Bearer KEY` (RFC 6750 section 2.1); where `dialect` is Anthropic's, `x-api-key:
+    KEY` also.
+    """
+    if dialect is Dialect.ANTHROPIC and x_api_key and not authorization:
+        scheme, key = b"bearer", x_api_key[0]
+        several = len(x_api_key) > 1
+    else:
+        scheme, _, key = (authorization[0] if authorization else b"").partition(b" ")
+        several = len(authorization) > 1
+    if several or scheme.lower() != b"bearer" or not _is_token(key):
+        raise InvalidKey("No valid API key was provided: send 'Authorization: Bearer KEY'.")
+    return key
+
+
+def _is_token(key: bytes) -> bool:
+    return 0 < len(key) <= MAX_KEY_BYTES and key.isascii() and all(33 <= c < 127 for c in key)
+
+
+@dataclass(slots=True)
+class _Known:
+    account: Account | None
+    asked_at: float
+
+
+class _Cache(OrderedDict[str, _Known]):
+    """The last `CACHE_SIZE` look-ups."""
+
+    def remember(self, secret_hash: str, known: _Known) -> None:
+        self.pop(secret_hash, None)
+        self[secret_hash] = known
+        if len(self) > CACHE_SIZE:
+            self.popitem(last=False)
+
+
+class Authenticator:
+    """From a key to its account; one look-up at a time per key."""
+
+    log = Logger()
+
+    def __init__(
+        self, accounts: IAccounts, clock: IReactorTime, *, fresh_s: float, stale_max_s: float
+    ) -> None:
+        self._accounts = accounts
+        self._clock = clock
+        self._fresh_s = fresh_s
+        self._stale_max_s = stale_max_s
+        self._found = _Cache()
+        self._missing = _Cache()
+        self._asking: dict[str, list[Deferred[_Known | Unavailable]]] = {}
+        self._down_since: float | None = None
+        self._retry_at = 0.0
+
+    @property
+    def store_is_up(self) -> bool:
+        """False while the last look-up failed."""
+        return self._down_since is None
+
+    async def authenticate(self, key: bytes) -> Account:
+        """The account that `key` belongs to. Raises InvalidKey, Unavailable."""
+        secret_hash = hashlib.sha256(key).hexdigest()
+        known = self._fresh(secret_hash) or await self._ask(secret_hash)
+        if isinstance(known, Unavailable):
+            raise known
+        account = known.account
+        if account is None or (account.expires is not None and account.expires <= utcnow()):
+            raise InvalidKey
+        return account
+
+    def _fresh(self, secret_hash: str) -> _Known | None:
+        known = self._found.get(secret_hash) or self._missing.get(secret_hash)
+        if known and self._clock.seconds() - known.asked_at < self._fresh_s:
+            return known
+        return None
+
+    async def _ask(self, secret_hash: str) -> _Known | Unavailable:
+        """Look the key up, or share the look-up that runs for it."""
+        if secret_hash in self._asking:
+            turn: Deferred[_Known | Unavailable] = Deferred()
+            self._asking[secret_hash].append(turn)
+            return await turn
+        if not self.store_is_up and self._clock.seconds() < self._retry_at:
+            return self._stale(secret_hash)
+        self._asking[secret_hash] = []
+        known = await self._look_up(secret_hash)
+        for turn in self._asking.pop(secret_hash):
+            turn.callback(known)
+        return known
+
+    async def _look_up(self, secret_hash: str) -> _Known | Unavailable:
+        asked_at = self._clock.seconds()
+        try:
+            found = self._accounts.find(secret_hash, utcnow())
+            account = await found.addTimeout(LOOKUP_TIMEOUT_S, self._clock)
+        except (StorageError, TwistedTimeoutError) as error:
+            self._went_down(error)
+            return self._stale(secret_hash)
+        except Exception as error:  # a fault of ours must not let anybody in, nor hang the waiters
+            self.log.failure("key look-up")
+            self._went_down(error)
+            return self._stale(secret_hash)
+        self._came_up()
+        known = _Known(account, asked_at)
+        (self._found if account else self._missing).remember(secret_hash, known)
+        (self._missing if account else self._found).pop(secret_hash, None)
+        return known
+
+    def _stale(self, secret_hash: str) -> _Known | Unavailable:
+        """What the cache still allows while the store is down."""
+        known = self._found.get(secret_hash)
+        if known and self._clock.seconds() - known.asked_at < self._stale_max_s:
+            return known
+        return Unavailable("API keys can't be checked right now; try again shortly.")
+
+    def _went_down(self, error: Exception) -> None:
+        now = self._clock.seconds()
+        self._retry_at = now + self._fresh_s
+        if self._down_since is None:
+            self._down_since = now
+            self.log.error("keys: the store does not answer: {error}", error=error)
+
+    def _came_up(self) -> None:
+        if self._down_since is not None:
+            seconds = self._clock.seconds() - self._down_since
+            self._down_since = None
+            self.log.info("keys: the store answers again after {seconds:.0f} s", seconds=seconds)

@@ -1,0 +1,531 @@
+"""The configuration: a TOML file, read into frozen values.
+
+`parse` turns a mapping into a `Config` and reports everything that is wrong with it at once;
+`load` does the same for a file. Relative paths are taken from the folder of the file, so that
+the proxy and `llmproxyctl` mean the same database wherever they are started from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from llmproxy.errors import ConfigError
+from llmproxy.model import MAX_COUNT
+
+DEFAULT_PATH = "config.toml"
+PATH_VARIABLE = "LLMPROXY_CONFIG"
+DB_URI_VARIABLE = "LLMPROXY_DB_URI"
+
+T = typing.TypeVar("T")
+#: A key's path.
+Where = tuple[str, ...]
+
+#: 23 days. The reactor's epoll counts milliseconds in 32 bits.
+MAX_SECONDS = 2_000_000
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a setting may be. `read` returns the setting's value, or raises ValueError.
+
+    A `secret` may stand in a file named by `SETTING_file`. What is `hidden` may hold a secret
+    and is never shown in an error.
+    """
+
+    expected: str
+    read: Callable[[object], object]
+    secret: bool = False
+    hidden: bool = False
+
+
+def _typed(value: object, *types: type) -> typing.Any:
+    # A bool is an int to isinstance, and `port = true` is a mistake.
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ValueError
+    return value
+
+
+def _require(condition: object) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _whole(low: int, high: int) -> Rule:
+    def read(value: object) -> int:
+        number: int = _typed(value, int)
+        _require(low <= number <= high)
+        return number
+
+    return Rule(f"a whole number, {low} to {high}", read)
+
+
+def _seconds(*, zero: bool) -> Rule:
+    def read(value: object) -> float:
+        number = _typed(value, int, float)
+        _require((0 if zero else math.ulp(0.0)) <= number <= MAX_SECONDS)
+        return float(number)
+
+    return Rule(f"a number {'>=' if zero else '>'} 0, at most {MAX_SECONDS}", read)
+
+
+def _one_of(*words: str, fold: Callable[[str], str] = str) -> Rule:
+    def read(value: object) -> str:
+        word = fold(_typed(value, str))
+        _require(word in words)
+        return word
+
+    listed = ", ".join(f'"{word}"' for word in words)
+    return Rule(f"one of {listed}", read)
+
+
+def _is_label(text: str) -> bool:
+    return bool(text) and text.isprintable() and text.strip() == text
+
+
+def _matching(expected: str, accepts: Callable[[str], object], *, secret: bool = False) -> Rule:
+    def read(value: object) -> str:
+        text: str = _typed(value, str)
+        _require(accepts(text))
+        return text
+
+    return Rule(expected, read, secret, hidden=secret)
+
+
+def _read_path(value: object) -> Path:
+    text: str = _typed(value, str)
+    _require(text and text.isprintable())
+    return Path(text)
+
+
+def _read_endpoints(value: object) -> tuple[str, ...]:
+    listed = [value] if isinstance(value, str) else _typed(value, list)
+    for text in listed:
+        _require(re.fullmatch(r"[A-Za-z][\w.-]*:\S.*", _typed(text, str)))
+    return tuple(listed)
+
+
+def _read_url(value: object) -> str:
+    text: str = _typed(value, str)
+    _require(text.isprintable() and text.isascii() and " " not in text)
+    parts = urlsplit(text)
+    _require(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    _require("@" not in parts.netloc and "?" not in text and "#" not in text)
+    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _is_database(text: str) -> bool:
+    scheme, _, rest = text.partition("://")
+    if scheme == "sqlite":
+        return rest.isprintable() and rest not in ("", "/", ":memory:", "/:memory:")
+    return scheme in ("mongodb", "mongodb+srv") and rest.rpartition("@")[2][:1] not in ("", "/")
+
+
+BOOLEAN = Rule("true or false", lambda value: _typed(value, bool))
+PATH = Rule("a path", _read_path)
+TIMEOUT = _seconds(zero=False)
+INTERVAL = _seconds(zero=True)
+SIZE = _whole(1, MAX_COUNT)
+LEVEL = _one_of("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", fold=str.upper)
+HOST = _matching("an address or a host's name", lambda text: re.fullmatch(r"[^\s/]+", text))
+LABEL = _matching("a text without control characters or outer spaces", _is_label)
+DEVICE = _matching(
+    'a text without "/", control characters or outer spaces',
+    lambda text: _is_label(text) and "/" not in text,
+)
+ORIGIN = _matching(
+    '"*" or an origin like "https://example.org"',
+    lambda text: re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[!-.0-~]+", text),
+)
+TOKEN = _matching(
+    "a text of visible ASCII characters",
+    lambda text: re.fullmatch(r"[!-~]+", text),
+    secret=True,
+)
+ENDPOINTS = Rule('Twisted endpoint strings like ["tcp:8080"]', _read_endpoints)
+URL = Rule(
+    'a URL like "http://host:8000", without credentials, query or fragment',
+    _read_url,
+    hidden=True,
+)
+DATABASE = _matching(
+    "sqlite://PATH (a file), mongodb://... or mongodb+srv://...", _is_database, secret=True
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Database:
+    """Where keys and bills are kept. `uri` may hold a password: show `safe_uri`."""
+
+    uri: Annotated[str, DATABASE] = "sqlite://db.sqlite"
+
+    def __repr__(self) -> str:
+        return f"Database(uri={self.safe_uri!r})"
+
+    @property
+    def safe_uri(self) -> str:
+        """`uri` with its passwords and tokens replaced by `***`."""
+        scheme, _, rest = self.uri.partition("://")
+        if self.sqlite_path is None:
+            # Up to the last "@": an unescaped one in a password must not cut it short.
+            rest = re.sub(r"^([^:@]*):.*@", r"\1:***@", rest)
+            rest = re.sub(r"(?i)((?:password|token):?=?)[^&,]*", r"\1***", rest)
+        return f"{scheme}://{rest}"
+
+    @property
+    def sqlite_path(self) -> Path | None:
+        """The database's file; None with MongoDB."""
+        scheme, _, rest = self.uri.partition("://")
+        return Path(rest) if scheme == "sqlite" else None
+
+    @property
+    def is_mongodb(self) -> bool:
+        """Whether keys and bills are in MongoDB, and the ledger in a local journal."""
+        return self.sqlite_path is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admin:
+    """The site for operators: metrics and health. Without `listen` there is none."""
+
+    listen: Annotated[tuple[str, ...], ENDPOINTS] = ("tcp:8081:interface=127.0.0.1",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """Prometheus metrics on the admin site."""
+
+    enabled: Annotated[bool, BOOLEAN] = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerConfig:
+    """The local journal, used with MongoDB only."""
+
+    path: Annotated[Path, PATH] = Path("ledger.sqlite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """An LLM server. `name` is the model's name as clients and bills have it.
+
+    `url` has no trailing slash and no `/v1`. `model` is the server's own name for the model,
+    where it has another one. `timeout` and `drain_timeout` are in seconds.
+    """
+
+    name: str
+    url: Annotated[str, URL]
+    token: Annotated[str | None, TOKEN] = field(default=None, repr=False)
+    device: Annotated[str, DEVICE]
+    model: Annotated[str | None, LABEL] = None
+    verify_ssl: Annotated[bool, BOOLEAN] = True
+    ca_file: Annotated[Path | None, PATH] = None
+    timeout: Annotated[float | None, TIMEOUT] = None
+    max_model_len: Annotated[int | None, SIZE] = None
+    usage: Annotated[str, _one_of("final", "continuous")] = "final"
+    on_disconnect: Annotated[str, _one_of("drain", "cancel")] = "drain"
+    drain_timeout: Annotated[float, TIMEOUT] = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All settings. Times are in seconds, sizes in bytes, paths relative to the file's folder.
+
+    `listen` takes the place of `host`, `port`, `cert` and `key` when it is not empty.
+    """
+
+    log_level: Annotated[str, LEVEL] = "INFO"
+    log_format: Annotated[str, _one_of("text", "json")] = "text"
+    host: Annotated[str, HOST] = "0.0.0.0"
+    port: Annotated[int, _whole(0, 65535)] = 8080
+    cert: Annotated[Path | None, PATH] = None
+    key: Annotated[Path | None, PATH] = None
+    listen: Annotated[tuple[str, ...], ENDPOINTS] = ()
+    timeout_connect: Annotated[float, TIMEOUT] = 5.0
+    timeout_read: Annotated[float, TIMEOUT] = 60.0
+    client_max_size: Annotated[int, SIZE] = 2 * GIB
+    max_json_body: Annotated[int, SIZE] = 32 * MIB
+    http_origin: Annotated[str, ORIGIN] = "*"
+    keepalive_interval: Annotated[float, INTERVAL] = 15.0
+    drain_deadline: Annotated[float, INTERVAL] = 30.0
+    auth_stale_max: Annotated[float, INTERVAL] = 300.0
+    auth_fresh: Annotated[float, INTERVAL] = 1.0
+    db: Database = field(default_factory=Database)
+    admin: Admin = field(default_factory=Admin)
+    metrics: Metrics = field(default_factory=Metrics)
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    backends: Mapping[str, Backend] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def restart_needed(old: Config, new: Config) -> list[str]:
+    """The settings that differ and that a running proxy does not take over: all but backends."""
+    names = (each.name for each in fields(Config) if each.name != "backends")
+    return [name for name in names if getattr(old, name) != getattr(new, name)]
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def find(path: str | None, environ: Mapping[str, str]) -> Path:
+    """The configuration file to use: `path` (the option `-c`), `LLMPROXY_CONFIG`, or
+    `config.toml`.
+    """
+    return Path(path or environ.get(PATH_VARIABLE) or DEFAULT_PATH)
+
+
+def default_text() -> str:
+    """The commented example, which has every setting at its default."""
+    return resources.files("llmproxy").joinpath(DEFAULT_PATH).read_text(encoding="utf-8")
+
+
+def load(path: Path, environ: Mapping[str, str] = os.environ, *, check: bool = True) -> Config:
+    """Read the file at `path`; `LLMPROXY_DB_URI` in `environ` takes the place of `db.uri`.
+
+    With `check` the certificate files must be readable, too. Raises ConfigError.
+    """
+    try:
+        mapping = tomllib.loads(_read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    db_uri = environ.get(DB_URI_VARIABLE) or None
+    config = parse(mapping, path.absolute().parent, db_uri=db_uri)
+    if check:
+        check_files(config)
+    return config
+
+
+def parse(
+    mapping: Mapping[str, object],
+    base: Path = Path("."),
+    *,
+    db_uri: str | None = None,
+    read_text: Callable[[Path], str] = _read_text,
+) -> Config:
+    """The configuration that `mapping` holds, in the shape that `tomllib` gives.
+
+    `base` is the folder of relative paths, `db_uri` takes the place of `db.uri`, `read_text`
+    reads the files that hold secrets. Raises ConfigError with one line for each mistake.
+    """
+    if db_uri is not None:
+        mapping = _with_db_uri(mapping, db_uri)
+    reader = _Reader(base, read_text)
+    config = reader.section(Config, mapping)
+    reader.errors.extend(_conflicts(mapping))
+    if reader.errors or config is None:
+        raise ConfigError("\n".join(reader.errors))
+    return config
+
+
+def _with_db_uri(mapping: Mapping[str, object], uri: str) -> Mapping[str, object]:
+    if not _is_database(uri):
+        raise ConfigError(f"{DB_URI_VARIABLE}: expected {DATABASE.expected}")
+    section = mapping.get("db", {})
+    if not isinstance(section, Mapping):
+        return mapping
+    kept = {name: value for name, value in section.items() if name != "uri_file"}
+    return {**mapping, "db": {**kept, "uri": uri}}
+
+
+def check_files(config: Config) -> None:
+    """Raises ConfigError unless the certificates and keys that `config` names are readable."""
+    named = {"cert": config.cert, "key": config.key} | {
+        _dotted(("backends", name, "ca_file")): backend.ca_file
+        for name, backend in config.backends.items()
+    }
+    errors = [
+        f'{where}: can\'t read "{path}": {error}'
+        for where, path in named.items()
+        if path is not None and (error := _unreadable(path))
+    ]
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _unreadable(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _conflicts(mapping: Mapping[str, object]) -> Iterator[str]:
+    if mapping.get("listen"):
+        for name in ("host", "port"):
+            if name in mapping:
+                yield f"{name}: can't be given together with listen"
+        for name in ("cert", "key"):
+            if name in mapping:
+                yield f"{name}: can't be given together with listen; use an ssl: endpoint"
+    if ("cert" in mapping) != ("key" in mapping):
+        there, missing = ("cert", "key") if "cert" in mapping else ("key", "cert")
+        yield f"{missing}: missing, as {there} is given"
+
+
+class _Reader:
+    """Reads sections, and keeps what is wrong with them in `errors`."""
+
+    def __init__(self, base: Path, read_text: Callable[[Path], str]) -> None:
+        self.errors: list[str] = []
+        self._base = base
+        self._read_text = read_text
+
+    def section(
+        self, cls: type[T], section: object, where: Where = (), name: str | None = None
+    ) -> T | None:
+        """`section` as a `cls` with this `name`, if it has one; None where it has errors."""
+        if not isinstance(section, Mapping):
+            self._refuse(where, "expected a table")
+            return None
+        before = len(self.errors)
+        hints = typing.get_type_hints(cls, include_extras=True)
+        values: dict[str, object] = {}
+        if name is not None:
+            values["name"] = name
+            del hints["name"]
+        known = set(hints)
+        for key, hint in hints.items():
+            rule = _rule(hint)
+            if rule is None:
+                values[key] = self._nested(hint, section.get(key, {}), (*where, key))
+                continue
+            if rule.secret:
+                known.add(f"{key}_file")
+            values |= self._setting(rule, section, where, key)
+        self._check_unknown(section, known, where)
+        self._check_missing(cls, values, where)
+        return _anchored(cls(**values), self._base) if len(self.errors) == before else None
+
+    def _nested(self, hint: typing.Any, section: object, where: Where) -> object:
+        if typing.get_origin(hint) is Mapping:
+            return self._backends(section, where)
+        return self.section(hint, section, where)
+
+    def _backends(self, section: object, where: Where) -> Mapping[str, Backend | None]:
+        if not isinstance(section, Mapping):
+            self._refuse(where, "expected a table")
+            return {}
+        for name in section:
+            if not _is_label(name):
+                self._refuse((*where, name), f"expected a name that is {LABEL.expected}")
+        return MappingProxyType(
+            {
+                name: self.section(Backend, value, (*where, name), name)
+                for name, value in section.items()
+            }
+        )
+
+    def _setting(
+        self, rule: Rule, section: Mapping[str, object], where: Where, key: str
+    ) -> dict[str, object]:
+        """The setting `key` as a field's value; nothing where it is not given or is wrong."""
+        value = section.get(key, MISSING)
+        where = (*where, key)
+        if rule.secret and f"{key}_file" in section:
+            if value is not MISSING:
+                self._refuse(where, f"can't be given together with {key}_file")
+            where = (*where[:-1], f"{key}_file")
+            value = self._secret(section[f"{key}_file"], where)
+        if value is MISSING:
+            return {}
+        try:
+            result = rule.read(value)
+        except ValueError:
+            got = "" if rule.hidden else f", got {_shown(value)}"
+            self._refuse(where, f"expected {rule.expected}{got}")
+            # Not missing, though it is wrong.
+            return {key: None}
+        return {key: result}
+
+    def _secret(self, value: object, where: Where) -> object:
+        try:
+            path = self._base / _read_path(value)
+        except ValueError:
+            self._refuse(where, f"expected a path, got {_shown(value)}")
+            return MISSING
+        try:
+            return self._read_text(path).strip()
+        except OSError as error:
+            self._refuse(where, f'can\'t read "{path}": {error.strerror or error}')
+        except UnicodeDecodeError:
+            self._refuse(where, f'"{path}" is not UTF-8 text')
+        return MISSING
+
+    def _check_unknown(self, section: Mapping[str, object], known: set[str], where: Where) -> None:
+        for key in section:
+            if key in known:
+                continue
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            if where[:1] == ("backends",) and isinstance(section[key], Mapping):
+                quoted = _dotted((f"{where[-1]}.{key}",))
+                hint = f"; a name with a dot is written in quotes: [backends.{quoted}]"
+            self._refuse((*where, key), f"unknown setting{hint}")
+
+    def _check_missing(self, cls: type, values: Mapping[str, object], where: Where) -> None:
+        for each in fields(cls):
+            needed = each.default is MISSING and each.default_factory is MISSING
+            if needed and each.name not in values:
+                self._refuse((*where, each.name), "missing")
+
+    def _refuse(self, where: Where, problem: str) -> None:
+        self.errors.append(f"{_dotted(where)}: {problem}")
+
+
+def _rule(hint: typing.Any) -> Rule | None:
+    metadata = getattr(hint, "__metadata__", ())
+    return next((each for each in metadata if isinstance(each, Rule)), None)
+
+
+def _anchored(section: T, base: Path) -> T:
+    """`section` with its relative paths taken from `base`."""
+    changes: dict[str, object] = {}
+    for each in fields(typing.cast(typing.Any, section)):
+        value = getattr(section, each.name)
+        if isinstance(value, Path):
+            changes[each.name] = base / value
+    if isinstance(section, Database) and section.sqlite_path is not None:
+        changes["uri"] = f"sqlite://{base / section.sqlite_path}"
+    return replace(typing.cast(typing.Any, section), **changes) if changes else section
+
+
+def _dotted(where: Where) -> str:
+    """A key's path as TOML writes it."""
+    bare = re.compile(r"[A-Za-z0-9_-]+")
+    return ".".join(part if bare.fullmatch(part) else _quoted(part) for part in where)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def _shown(value: object) -> str:
+    """A short text for a value in an error."""
+    if isinstance(value, Mapping):
+        return "a table"
+    try:
+        text = _quoted(value) if isinstance(value, str) else json.dumps(value, default=str)
+    except ValueError:  # an integer with more digits than Python turns into text
+        text = "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,167 @@
+"""`llmproxyctl user`: keys in SQLite. Only a key's hash is stored; hash prefixes name keys."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import secrets
+import sqlite3
+import sys
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from llmproxy.config import Config
+from llmproxy.ctl.common import (
+    CommandError,
+    add_format,
+    emit,
+    moment,
+    opened,
+    say,
+    transaction,
+)
+from llmproxy.expiry import UNREADABLE, expiry_time, is_valid
+from llmproxy.model import utcnow
+
+#: Random bytes in a key.
+KEY_BYTES = 64
+#: Digits of a hash that are shown in a table: enough to tell keys apart.
+SHOWN_DIGITS = 16
+
+NEVER = "never"
+
+
+def add_parser(groups: Any) -> None:
+    """Add the command and its own ones."""
+    group = groups.add_parser("user", help="API keys (SQLite)")
+    commands = group.add_subparsers(required=True, metavar="COMMAND")
+
+    create = commands.add_parser("create", help="make a key; it is printed once, and not kept")
+    create.add_argument("-e", "--expires", type=moment, metavar="TIME", help="ISO 8601, UTC")
+    create.add_argument("-t", "--comment", help="whose it is, and what for")
+    create.set_defaults(run=_on_sqlite(_create))
+
+    listing = commands.add_parser("list", help="show the keys")
+    listing.add_argument("prefix", nargs="?", type=_prefix, metavar="PREFIX")
+    add_format(listing)
+    listing.set_defaults(run=_on_sqlite(_list))
+
+    update = commands.add_parser("update", help="change a key's end or comment")
+    update.add_argument("prefix", type=_prefix, metavar="PREFIX", help="of the key's hash")
+    update.add_argument("-e", "--expires", type=_end, metavar="TIME", help="ISO 8601, or never")
+    update.add_argument("-t", "--comment")
+    update.set_defaults(run=_on_sqlite(_update))
+
+    delete = commands.add_parser("delete", help="remove a key; its bills stay")
+    delete.add_argument("prefix", type=_prefix, metavar="PREFIX", help="of the key's hash")
+    delete.set_defaults(run=_on_sqlite(_delete))
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Fa-f]{1,64}", text):
+        raise argparse.ArgumentTypeError("a key is named by the first hex digits of its hash")
+    return text.lower()
+
+
+def _end(text: str) -> datetime | str:
+    return NEVER if text == NEVER else moment(text)
+
+
+def _on_sqlite(command: Any) -> Any:
+    def run(arguments: argparse.Namespace, config: Config) -> int:
+        if config.db.is_mongodb:
+            raise CommandError(
+                f"keys are managed in MongoDB ({config.db.safe_uri}), not by this command", code=2
+            )
+        with opened(config) as connection:
+            command(arguments, connection)
+        return 0
+
+    return run
+
+
+def _stored(expires: datetime | str | None) -> str | None:
+    if not isinstance(expires, datetime):
+        return None
+    return expires.astimezone(UTC).isoformat(timespec="seconds")
+
+
+def _create(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
+    key = secrets.token_urlsafe(KEY_BYTES)
+    secret = hashlib.sha256(key.encode()).hexdigest()
+    row = (str(uuid.uuid4()), secret, _stored(arguments.expires), arguments.comment)
+    connection.execute(
+        "INSERT INTO api_key (id, secret, type, expires, comment) VALUES (?, ?, 'LLM', ?, ?)", row
+    )
+    say(f"key {secret[:SHOWN_DIGITS]} made; {_end_in_words(arguments.expires)}")
+    sys.stdout.write(f"{key}\n")
+
+
+def _end_in_words(expires: datetime | str | None) -> str:
+    if not isinstance(expires, datetime):
+        return "it does not expire"
+    tense = "expires" if expires > utcnow() else "has EXPIRED already,"
+    return f"it {tense} at {_stored(expires)}"
+
+
+def _list(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
+    now, digits = utcnow(), SHOWN_DIGITS if arguments.format == "table" else 64
+    rows = [
+        (secret[:digits], key_id, _status(expires, now), _shown(expires), comment)
+        for key_id, secret, expires, comment in _find(connection, arguments.prefix or "")
+    ]
+    emit(("hash", "id", "status", "expires", "comment"), rows, arguments.format)
+
+
+def _status(expires: object, now: datetime) -> str:
+    return "active" if is_valid(expires, now) else "expired"
+
+
+def _shown(expires: object) -> str | None:
+    """The end of a key in one spelling, whichever way it is stored."""
+    end = expiry_time(expires)
+    return "???" if end == UNREADABLE else _stored(end)
+
+
+def _update(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
+    changes: dict[str, str | None] = {}
+    if arguments.expires is not None:
+        changes["expires"] = _stored(arguments.expires)
+    if arguments.comment is not None:
+        changes["comment"] = arguments.comment
+    if not changes:
+        raise CommandError("nothing to change: give --expires or --comment", code=2)
+    with transaction(connection):
+        key_id, secret = _find_one(connection, arguments.prefix)
+        for column, value in changes.items():
+            connection.execute(f"UPDATE api_key SET {column} = ? WHERE id = ?", (value, key_id))
+    end = f"; {_end_in_words(arguments.expires)}" if "expires" in changes else ""
+    say(f"key {secret[:SHOWN_DIGITS]} changed{end}")
+
+
+def _delete(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
+    with transaction(connection):
+        key_id, secret = _find_one(connection, arguments.prefix)
+        connection.execute("DELETE FROM api_key WHERE id = ?", (key_id,))
+    say(f"key {secret[:SHOWN_DIGITS]} deleted; its id on bills was {key_id}")
+
+
+def _find(connection: sqlite3.Connection, prefix: str) -> list[Any]:
+    return connection.execute(
+        "SELECT id, secret, expires, comment FROM api_key "
+        "WHERE type = 'LLM' AND secret IS NOT NULL AND substr(secret, 1, ?) = ? ORDER BY rowid",
+        (len(prefix), prefix),
+    ).fetchall()
+
+
+def _find_one(connection: sqlite3.Connection, prefix: str) -> tuple[str, str]:
+    """The id and hash of the one key whose hash begins with `prefix`."""
+    found = _find(connection, prefix)
+    if not found:
+        raise CommandError(f"no key's hash begins with {prefix}")
+    if len(found) > 1:
+        raise CommandError(f"{len(found)} keys' hashes begin with {prefix}: give more digits")
+    key_id, secret, _, _ = found[0]
+    return key_id, secret

@@ -1,0 +1,137 @@
+"""The client's side of one exchange: its answer going out, safe to use after it has hung up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+if TYPE_CHECKING:
+    from llmproxy.site import Request
+
+#: How long a client that was told to go may still take what is buffered for it.
+LINGER_S = 10.0
+
+
+class Producer(Protocol):
+    """What `attach` needs: a source of bytes that can be held up."""
+
+    def pauseProducing(self) -> None: ...
+    def resumeProducing(self) -> None: ...
+
+
+@implementer(IPushProducer)
+class Downstream:
+    """Writes one answer to a client.
+
+    States: fresh; started (headers are out); over (finished, aborted, or the client is `gone`).
+    A client that takes nothing for `patience_s` counts as gone.
+    """
+
+    def __init__(self, request: Request, clock: IReactorTime, patience_s: float) -> None:
+        self.gone = False
+        self.started = False
+        self._over = False
+        self._request = request
+        self._clock = clock
+        self._patience_s = patience_s
+        self._impatience: IDelayedCall | None = None
+        self._producer: Producer | None = None
+        self._on_gone: Callable[[], None] = lambda: None
+        # Now: asked for later, it may never fire.
+        request.notifyFinish().addErrback(self._lost)
+
+    def when_gone(self, act: Callable[[], None]) -> None:
+        """Call `act` when the client has gone; at once if it has."""
+        self._on_gone = act
+        if self.gone:
+            act()
+
+    def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send the header of an answer whose length is not known."""
+        self.started = True
+        if self.gone:
+            return
+        self._request.setResponseCode(status)
+        for name, value in fields:
+            self._request.setHeader(name, value)
+        self._request.write(b"")
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body."""
+        if data and not self.gone:
+            self._request.write(data)
+
+    def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole answer."""
+        if self.gone:
+            return
+        self._request.setHeader(b"Content-Length", b"%d" % len(body))
+        self.start(status, fields)
+        self.write(body)
+        self.finish()
+
+    def finish(self) -> None:
+        """End the answer, whole."""
+        if not self.gone and not self._over:
+            self._over = True
+            self.detach()
+            self._request.end()
+
+    def abort(self) -> None:
+        """End the connection without the end of the answer, so that the client can tell.
+
+        What was written is still sent, unless the client could take the connection's end for the
+        answer's (HTTP/1.0).
+        """
+        if self.gone or self._over:
+            return
+        self._over = True
+        self.detach()
+        self._request.cut(LINGER_S)
+
+    def attach(self, producer: Producer) -> None:
+        """Let the client's speed govern `producer`."""
+        self._producer = producer
+        if not self.gone:
+            self._request.registerProducer(self, True)
+
+    def detach(self) -> None:
+        """The producer has nothing more."""
+        self._be_patient()
+        if self._producer is not None and not self.gone:
+            self._request.unregisterProducer()
+        self._producer = None
+
+    def pauseProducing(self) -> None:
+        """The client is slower than the backend."""
+        if self._impatience is None:
+            self._impatience = self._clock.callLater(self._patience_s, self._give_up)
+        if self._producer is not None:
+            self._producer.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """The client has caught up."""
+        self._be_patient()
+        if self._producer is not None:
+            self._producer.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """The transport is gone; `_lost` does what is to be done."""
+
+    def _be_patient(self) -> None:
+        if self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
+
+    def _give_up(self) -> None:
+        self._impatience = None
+        self._request.cut(0)
+
+    def _lost(self, _: Failure) -> None:
+        self._be_patient()
+        self.gone = True
+        self._on_gone()

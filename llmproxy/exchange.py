@@ -1,0 +1,287 @@
+"""One request's life: accept -> authenticate -> admit -> forward -> meter -> settle.
+
+    key --> Account --> Order --> [row open] --> Ending --> [row settled] --> release
+
+Nobody cancels an exchange. When the client leaves, its forward is drained or stopped, and the
+exchange goes on to the one settlement of its row. What the client gets last is released after
+that settlement is durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+from twisted.web.http_headers import Headers
+
+from llmproxy import audio, dialects, headers, rewrite
+from llmproxy.answers import Answer
+from llmproxy.auth import Authenticator, key_of
+from llmproxy.backends import Backends
+from llmproxy.billing import settlement
+from llmproxy.checkpoints import Checkpoints
+from llmproxy.config import Config
+from llmproxy.downstream import Downstream
+from llmproxy.endpoints import Body, Endpoint
+from llmproxy.errors import ProxyError, StorageError, Unavailable, UnsupportedMediaType
+from llmproxy.form import Form
+from llmproxy.forward import Ending, Forward, Order, Timing
+from llmproxy.meter import StreamMeter, read_answer
+from llmproxy.metrics import Metrics
+from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, utcnow
+from llmproxy.storage import ILedger
+from llmproxy.upload import ClientGone
+from llmproxy.upstream import BytesBody
+
+if TYPE_CHECKING:
+    from llmproxy.site import Request
+
+log = Logger()
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones."""
+
+    config: Config
+    clock: IReactorTime
+    monotonic: Callable[[], float]
+    authenticator: Authenticator
+    backends: Backends
+    ledger: ILedger
+    checkpoints: Checkpoints
+    metrics: Metrics
+    exchanges: set[Exchange] = field(default_factory=set)
+    draining: bool = False
+
+
+class Exchange:
+    """One request of a client, from its header to the settlement of its row."""
+
+    def __init__(self, endpoint: Endpoint, request: Request, services: Services) -> None:
+        self._endpoint = endpoint
+        self._request = request
+        self._services = services
+        self._down = Downstream(request, services.clock, services.config.timeout_read)
+        self._forward: Forward | None = None
+        self._began = services.monotonic()
+        self._forward_began = 0.0
+        self._first_token_s: float | None = None
+        self._last_chunk = 0.0
+
+    async def run(self) -> None:
+        """Serve the request. Never raises."""
+        self._services.exchanges.add(self)
+        try:
+            await self._serve()
+        except ProxyError as error:
+            self._tell(error)
+        except ClientGone:
+            self._down.abort()
+        except Exception:
+            log.failure("exchange {rid} failed", rid=self._request.rid)
+            self._tell(ProxyError("Something went wrong on our side."))
+        finally:
+            self._services.exchanges.discard(self)
+
+    def cut(self) -> None:
+        """The proxy stops, and waits no longer: what was metered so far is settled."""
+        if self._forward is not None:
+            self._forward.stop()
+        else:
+            self._down.abort()
+
+    async def _serve(self) -> None:
+        if self._services.draining:
+            raise Unavailable("The service is stopping; try again shortly.")
+        account = await self._authenticate()
+        order = await self._admit()
+        entry = self._entry(account, order)
+        await self._open(entry)
+        ending = await self._send(entry, order)
+        await self._settle(entry, ending)
+        self._release(ending)
+
+    # -- authenticate, admit ---------------------------------------------------------------
+
+    async def _authenticate(self) -> Account:
+        sent = self._request.requestHeaders
+        key = key_of(
+            sent.getRawHeaders(b"Authorization", []),
+            sent.getRawHeaders(b"X-Api-Key", []),
+            self._endpoint.dialect,
+        )
+        return await self._services.authenticator.authenticate(key)
+
+    async def _admit(self) -> Order:
+        sent = self._request.requestHeaders
+        if sent.hasHeader(b"Content-Encoding"):
+            raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
+        if self._endpoint.body is Body.MULTIPART:
+            return await self._admit_form(sent)
+        return await self._admit_json(sent)
+
+    async def _admit_json(self, sent: Headers) -> Order:
+        if headers.media_type(sent) != b"application/json":
+            raise UnsupportedMediaType("Content-Type must be application/json.")
+        config, endpoint = self._services.config, self._endpoint
+        raw = await self._request.upload.read(config.max_json_body, config.timeout_read)
+        request = rewrite.plan(endpoint, raw)
+        route = self._services.backends.find(request.model)
+        backend = route.backend
+        continuous = backend.usage == "continuous"
+        body = rewrite.body_for(request, endpoint, model=backend.model, continuous=continuous)
+        meter = None
+        if request.stream:
+            meter = StreamMeter(
+                endpoint.shape,
+                show_usage=request.show_usage,
+                continuous=continuous,
+                show_continuous=request.show_continuous,
+            )
+        return Order(
+            route=route,
+            path=endpoint.path,
+            headers=headers.for_backend(sent, b"application/json", backend.token),
+            body=BytesBody(body),
+            read=lambda answer: read_answer(endpoint.shape, answer),
+            meter=meter,
+        )
+
+    async def _admit_form(self, sent: Headers) -> Order:
+        config = self._services.config
+        boundary = audio.boundary_of((sent.getRawHeaders(b"Content-Type") or [b""])[0])
+        self._request.upload.refuse_over(config.client_max_size)
+        form = Form(
+            self._request.upload,
+            boundary,
+            hold_limit=config.max_json_body,
+            max_size=config.client_max_size,
+            timeout_s=config.timeout_read,
+        )
+        route = self._services.backends.find(await form.model())
+        backend = route.backend
+        form.start(backend.model or backend.name)
+
+        def convert(body: bytes) -> Answer:
+            content_type, converted = audio.convert(body, form.response_format)
+            return Answer(200, converted, [(b"Content-Type", content_type)])
+
+        return Order(
+            route=route,
+            path=self._endpoint.path,
+            headers=headers.for_backend(sent, form.content_type, backend.token),
+            body=form,
+            read=audio.read_audio,
+            convert=convert,
+        )
+
+    def _entry(self, account: Account, order: Order) -> Entry:
+        backend = order.route.backend
+        return Entry(
+            rid=self._request.rid,
+            opened=utcnow(),
+            account=account,
+            path=self._endpoint.path,
+            model=backend.name,
+            device=backend.device,
+        )
+
+    # -- open, forward, settle, release ----------------------------------------------------
+
+    async def _open(self, entry: Entry) -> None:
+        try:
+            await self._services.ledger.open(entry)
+        except StorageError:
+            raise Unavailable("Requests can't be taken right now; try again shortly.") from None
+
+    async def _send(self, entry: Entry, order: Order) -> Ending:
+        services, backend = self._services, order.route.backend
+        timing = Timing(
+            silence_s=backend.timeout or services.config.timeout_read,
+            keepalive_s=services.config.keepalive_interval,
+        )
+        self._forward_began = services.monotonic()
+        watch = self._watch(backend.name)
+        forward = Forward(order, self._down, services.clock, timing, watch)
+        self._forward = forward
+        services.checkpoints.follow(entry.rid, lambda: forward.reading().counts)
+        ending = await forward.run()
+        services.checkpoints.forget(entry.rid)
+        self._measure(backend.name, ending)
+        return ending
+
+    async def _settle(self, entry: Entry, ending: Ending) -> None:
+        closing = settlement(ending.outcome, ending.reading, utcnow(), ending.status)
+        await self._services.ledger.settle(entry, closing)
+        metrics = self._services.metrics
+        metrics.ledger_rows(closing.state)
+        metrics.for_backend(entry.model).billed(closing.counts)
+        self._log(entry, closing)
+
+    def _release(self, ending: Ending) -> None:
+        last = ending.last
+        if isinstance(last, ProxyError):
+            self._tell(last)
+        elif isinstance(last, Answer):
+            self._down.answer(last.status, last.fields, last.body)
+        else:
+            self._down.write(last)
+            self._down.finish()
+
+    def _tell(self, error: ProxyError) -> None:
+        """Tell the client, in its own dialect, and so that a cut answer can't pass for whole."""
+        if self._down.started:
+            self._down.write(dialects.error_event(self._endpoint.dialect, error))
+            self._down.abort()
+        else:
+            self._down.answer(*dialects.error_answer(self._endpoint.dialect, error))
+
+    # -- what is measured ------------------------------------------------------------------
+
+    def _watch(self, model: str) -> Callable[[StreamMeter], None]:
+        metrics, monotonic = self._services.metrics.for_backend(model), self._services.monotonic
+
+        def chunk_came(meter: StreamMeter) -> None:
+            now = monotonic()
+            if self._last_chunk:
+                metrics.chunk_gap(now - self._last_chunk)
+            self._last_chunk = now
+            if self._first_token_s is None and meter.content_events:
+                self._first_token_s = now - self._forward_began
+                metrics.first_token(self._first_token_s)
+
+        return chunk_came
+
+    def _measure(self, model: str, ending: Ending) -> None:
+        metrics = self._services.metrics.for_backend(model)
+        metrics.request_done(ending.status, self._services.monotonic() - self._forward_began)
+        if ending.outcome not in (Outcome.COMPLETE, Outcome.CLIENT_GONE):
+            metrics.error(ending.outcome)
+
+    def _log(self, entry: Entry, closing: Settlement) -> None:
+        log.info(
+            "{outcome} {rid} key={key_id} model={model} path={path} status={status} state={state}"
+            " prompt={prompt} completion={completion} embedding={embedding} audio_s={audio_s}"
+            " ms={duration_ms} ttft_ms={ttft_ms}",
+            outcome=str(closing.outcome),
+            rid=entry.rid,
+            key_id=entry.account.key_id,
+            model=entry.model,
+            path=entry.path,
+            status=closing.status,
+            state=str(closing.state),
+            prompt=closing.counts.get(Kind.PROMPT),
+            completion=closing.counts.get(Kind.COMPLETION),
+            embedding=closing.counts.get(Kind.EMBEDDING),
+            audio_s=closing.counts.get(Kind.TRANSCRIPTION),
+            duration_ms=_ms(self._services.monotonic() - self._began),
+            ttft_ms=None if self._first_token_s is None else _ms(self._first_token_s),
+        )
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 1)

@@ -1,0 +1,98 @@
+"""An audio upload on its way: from the client's form to the backend's, never whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IConsumer
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
+from zope.interface import implementer
+
+from llmproxy.audio import FormRewriter
+from llmproxy.upload import Upload, too_large
+
+
+@implementer(IBodyProducer)
+class Form:
+    """Pulls the client's form, rewrites it, and pushes it to the backend at the backend's pace.
+
+    The client's model is known only once its field has come, so reading begins before there is a
+    backend: `model()` reads that far, `start()` names the backend's model, then it is a body.
+    """
+
+    length = UNKNOWN_LENGTH
+
+    def __init__(
+        self, upload: Upload, boundary: bytes, *, hold_limit: int, max_size: int, timeout_s: float
+    ) -> None:
+        self.on_sent: Callable[[], None] = lambda: None
+        self.content_type = b'multipart/form-data; boundary="' + boundary + b'"'
+        self._upload = upload
+        self._rewriter = FormRewriter(boundary, hold_limit=hold_limit)
+        self._max_size = max_size
+        self._timeout_s = timeout_s
+        self._size = 0
+        self._ready = b""
+        self._gate: Deferred[None] | None = None
+        self._pump: Deferred[None] | None = None
+
+    @property
+    def response_format(self) -> str | None:
+        """What the client wants; known when the form is whole."""
+        return self._rewriter.response_format
+
+    async def model(self) -> str:
+        """The model that the client named. Raises BadRequest, BodyTooLarge, ClientGone."""
+        while self._rewriter.model is None:
+            data = await self._next()
+            if data is None:
+                self._ready += self._rewriter.finish()  # says what is missing
+                break
+            self._ready += self._rewriter.feed(data)
+        return self._rewriter.model or ""
+
+    def start(self, backend_model: str) -> None:
+        """The backend's name for the model."""
+        self._ready += self._rewriter.start(backend_model)
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """See `IBodyProducer.startProducing`."""
+        self._pump = Deferred.fromCoroutine(self._run(consumer))
+        return self._pump
+
+    async def _run(self, consumer: IConsumer) -> None:
+        consumer.write(self._ready)
+        self._ready = b""
+        while (data := await self._next()) is not None:
+            part = self._rewriter.feed(data)
+            if part:
+                consumer.write(part)
+            if self._gate is not None:
+                await self._gate
+        consumer.write(self._rewriter.finish())
+        self.on_sent()
+
+    async def _next(self) -> bytes | None:
+        data = await self._upload.next(self._timeout_s)
+        self._size += len(data or b"")
+        if self._size > self._max_size:
+            raise too_large(self._max_size)
+        return data
+
+    def pauseProducing(self) -> None:
+        """The backend is slower than the client."""
+        if self._gate is None:
+            self._gate = Deferred()
+
+    def resumeProducing(self) -> None:
+        """The backend takes more."""
+        gate, self._gate = self._gate, None
+        if gate is not None and not gate.called:
+            gate.callback(None)
+
+    def stopProducing(self) -> None:
+        """The backend takes no more."""
+        if self._pump is not None and not self._pump.called:
+            self._pump.addErrback(lambda failure: None)
+            self._pump.cancel()

@@ -1,0 +1,320 @@
+"""One request to one backend: send it, read its answer, meter it, and say how it ended.
+
+    upstream --header--> _answered --200, stream--> _stream --> Ending
+                             |-------200, JSON----> _whole ---> Ending
+                             |-------anything else> _refused -> Ending
+
+Every ending is a value; nothing is raised. What the client gets last, the end of a stream or the
+whole of a JSON answer, is kept in the `Ending`, to be released when the bill is durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
+
+from llmproxy import headers
+from llmproxy.answers import Answer, refusal
+from llmproxy.backends import Route
+from llmproxy.billing import NOTHING
+from llmproxy.downstream import Downstream
+from llmproxy.errors import BackendError, BackendTimeout, ProxyError, Unavailable
+from llmproxy.meter import StreamMeter
+from llmproxy.model import Outcome, Reading
+from llmproxy.relay import BodyEnd, BodyReader
+from llmproxy.upload import ClientGone
+from llmproxy.upstream import NotSent, RequestBody, drop, translate
+
+#: Longest JSON answer of a backend that is read.
+MAX_ANSWER = 64 * 1024 * 1024
+#: Longest refusal of a backend that is read.
+MAX_REFUSAL = 1024 * 1024
+#: How long a backend may take to close a stream after its last event.
+END_GRACE_S = 1.0
+#: What goes out while a backend is silent before its first token; clients ignore comments
+#: (WHATWG HTML, section 9.2.6).
+KEEPALIVE = b": keep-alive\n\n"
+#: Every proxy on the way is asked to pass a stream on as it comes.
+STREAM_FIELDS = [(b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no")]
+_BROKEN = BackendError("The model's server broke off its answer.")
+_SILENT = BackendTimeout("The model's server fell silent in the middle of its answer.")
+_STOPPING = Unavailable("The service is stopping; try again shortly.")
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """An admitted request: where it goes, as what, and how its answer is read.
+
+    meter: for an answer in a stream, if one was asked for. read: the usage in a whole answer.
+    convert: turns a whole answer into what the client asked for.
+    """
+
+    route: Route
+    path: str
+    headers: Headers
+    body: RequestBody
+    read: Callable[[bytes], Reading]
+    meter: StreamMeter | None = None
+    convert: Callable[[bytes], Answer] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a forward ended. `last`: what the client gets once the row is settled, the rest of a
+    stream, a whole answer, or an error. `status`: the backend's, None if there was none."""
+
+    outcome: Outcome
+    reading: Reading
+    last: Answer | bytes | ProxyError
+    status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """In seconds: how long a backend may be silent, and when a comment goes out (0: never)."""
+
+    silence_s: float
+    keepalive_s: float
+
+
+class Forward:
+    """States: sending; reading; over. The client may leave, and `stop` may come, in any of them."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        order: Order,
+        down: Downstream,
+        clock: IReactorTime,
+        timing: Timing,
+        on_chunk: Callable[[StreamMeter], None],
+    ) -> None:
+        self._order = order
+        self._down = down
+        self._clock = clock
+        self._timing = timing
+        self._on_chunk = on_chunk
+        self._sending: Deferred[IResponse] | None = None
+        self._reader: BodyReader | None = None
+        self._status: int | None = None
+        self._stopped = False
+        self._sent = False
+        self._timed_out = False
+        self._too_much = False
+        self._timers: dict[str, IDelayedCall] = {}
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    async def run(self) -> Ending:
+        """Do it all."""
+        try:
+            self._down.when_gone(self._client_left)
+            if self._stopped:
+                return Ending(Outcome.CLIENT_GONE, NOTHING, _STOPPING)
+            return await self._answered(await self._send())
+        except (ProxyError, ClientGone) as error:
+            return self._failed(error)
+        except Exception:
+            self.log.failure("forward failed")
+            return self._failed(ProxyError("Something went wrong on our side."))
+        finally:
+            self._over()
+
+    def reading(self) -> Reading:
+        """What is known of the usage so far."""
+        return Reading() if self._order.meter is None else self._order.meter.reading()
+
+    def stop(self) -> None:
+        """End it now. What was metered so far counts."""
+        self._stopped = True
+        if self._reader is not None:
+            self._reader.stop()
+        elif self._sending is not None:
+            self._sending.cancel()
+
+    def _client_left(self) -> None:
+        backend = self._order.route.backend
+        if backend.on_disconnect == "cancel":
+            self.stop()
+        else:
+            self._later("drain", backend.drain_timeout, self.stop)
+            if self._reader is not None:
+                self._reader.resumeProducing()
+
+    # -- sending ---------------------------------------------------------------------------
+
+    async def _send(self) -> IResponse:
+        """The header of the backend's answer. Raises BackendError, ProxyError, ClientGone."""
+        order = self._order
+        order.body.on_sent = self._was_sent
+        self._sending = order.route.upstream.send(order.path, order.headers, order.body)
+        try:
+            return await self._sending
+        except Exception as error:
+            raise self._timeout() if self._timed_out else translate(error) from error
+        finally:
+            self._sending = None
+            self._cancel("answer")
+
+    def _was_sent(self) -> None:
+        self._sent = True
+        self._later("answer", self._timing.silence_s, self._no_answer)
+
+    def _no_answer(self) -> None:
+        self._timed_out = True
+        if self._sending is not None:
+            self._sending.cancel()
+
+    def _timeout(self) -> BackendError:
+        return BackendTimeout("The model's server did not answer in time.")
+
+    def _failed(self, error: Exception) -> Ending:
+        """There is no answer, or none that can be used."""
+        reading = self.reading() if self._sent and not isinstance(error, NotSent) else NOTHING
+        if self._stopped or not isinstance(error, ProxyError):
+            return self._ending(Outcome.CLIENT_GONE, reading, _STOPPING)
+        ours = isinstance(error, BackendError) or self._sent
+        return self._ending(Outcome.BACKEND_FAILED if ours else Outcome.REFUSED, reading, error)
+
+    # -- reading ---------------------------------------------------------------------------
+
+    async def _answered(self, response: IResponse) -> Ending:
+        self._sent = True
+        self._status = response.code
+        if response.code != 200:
+            return await self._refused(response)
+        kind = headers.media_type(response.headers)
+        if kind == b"text/event-stream" and self._order.meter is not None:
+            return await self._stream(response, self._order.meter)
+        if kind == b"application/json" or kind.endswith(b"+json"):
+            return await self._whole(response)
+        drop(response)
+        raise BackendError("The model's server failed to answer.")
+
+    async def _read(self, response: IResponse, sink: Callable[[bytes], None]) -> BodyEnd:
+        self._reader = BodyReader(sink, self._clock, self._timing.silence_s)
+        response.deliverBody(self._reader)
+        if self._stopped:
+            self._reader.stop()
+        return await self._reader.ended
+
+    async def _refused(self, response: IResponse) -> Ending:
+        end = await self._read(response, self._collect_up_to(MAX_REFUSAL))
+        body = b"" if end in (BodyEnd.BROKEN, BodyEnd.STALLED) else b"".join(self._parts)
+        last = refusal(response.code, body, headers.for_client(response.headers))
+        # 2xx may have been a result that we can't read; anything else is none.
+        reading = Reading() if response.code < 300 else NOTHING
+        return Ending(Outcome.REFUSED, reading, last, response.code)
+
+    async def _whole(self, response: IResponse) -> Ending:
+        end = await self._read(response, self._collect_up_to(MAX_ANSWER))
+        if self._too_much:
+            return self._ending(Outcome.BACKEND_FAILED, Reading(), _BROKEN)
+        if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
+            return self._cut_short(end, Reading())
+        body = b"".join(self._parts)
+        answer = Answer(200, body, headers.for_client(response.headers))
+        try:
+            reading = self._order.read(body)
+            if self._order.convert is not None:
+                answer = self._order.convert(body)
+        except ValueError:
+            return self._ending(Outcome.TRUNCATED, Reading(), _BROKEN)
+        outcome = Outcome.CLIENT_GONE if self._down.gone else Outcome.COMPLETE
+        return self._ending(outcome, reading, answer)
+
+    def _collect_up_to(self, limit: int) -> Callable[[bytes], None]:
+        def collect(data: bytes) -> None:
+            self._size += len(data)
+            self._parts.append(data)
+            if self._size > limit and self._reader is not None:
+                self._too_much = True
+                self._reader.stop()
+
+        return collect
+
+    async def _stream(self, response: IResponse, meter: StreamMeter) -> Ending:
+        self._down.start(200, [*headers.for_client(response.headers), *STREAM_FIELDS])
+        self._keep_alive(meter)
+        reading = self._read(response, self._passing_on(meter))
+        pending = Deferred.fromCoroutine(reading)
+        if self._reader is not None and not pending.called:
+            self._down.attach(self._reader)
+        end = await pending
+        self._down.detach()
+        return self._stream_ending(end, meter)
+
+    def _passing_on(self, meter: StreamMeter) -> Callable[[bytes], None]:
+        def pass_on(data: bytes) -> None:
+            self._down.write(meter.feed(data))
+            self._on_chunk(meter)
+            if meter.ended and self._reader is not None:
+                self._reader.finish_within(END_GRACE_S)
+
+        return pass_on
+
+    def _stream_ending(self, end: BodyEnd, meter: StreamMeter) -> Ending:
+        rest = meter.finish()
+        reading = meter.reading()
+        whole = end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED)
+        if meter.ended:
+            outcome = Outcome.CLIENT_GONE if self._down.gone else Outcome.COMPLETE
+            return self._ending(outcome, reading, rest)
+        if meter.failed and whole:
+            return self._ending(Outcome.BACKEND_FAILED, _no_result(reading), rest)
+        return self._cut_short(end, reading)
+
+    def _cut_short(self, end: BodyEnd, reading: Reading) -> Ending:
+        if self._down.gone or end is BodyEnd.STOPPED:
+            return self._ending(Outcome.CLIENT_GONE, reading, _STOPPING)
+        if end is BodyEnd.STALLED:
+            return self._ending(Outcome.STALLED, reading, _SILENT)
+        return self._ending(Outcome.TRUNCATED, reading, _BROKEN)
+
+    def _ending(
+        self, outcome: Outcome, reading: Reading, last: Answer | bytes | ProxyError
+    ) -> Ending:
+        return Ending(outcome, reading, last, self._status)
+
+    # -- timers ----------------------------------------------------------------------------
+
+    def _keep_alive(self, meter: StreamMeter) -> None:
+        def comfort() -> None:
+            if not meter.content_events and not meter.ended:
+                self._down.write(KEEPALIVE)
+                self._later("keep-alive", self._timing.keepalive_s, comfort)
+
+        if self._timing.keepalive_s:
+            self._later("keep-alive", self._timing.keepalive_s, comfort)
+
+    def _later(self, name: str, seconds: float, act: Callable[[], None]) -> None:
+        def fire() -> None:
+            del self._timers[name]
+            act()
+
+        self._cancel(name)
+        self._timers[name] = self._clock.callLater(seconds, fire)
+
+    def _cancel(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _over(self) -> None:
+        self._down.when_gone(lambda: None)
+        for name in list(self._timers):
+            self._cancel(name)
+
+
+def _no_result(reading: Reading) -> Reading:
+    """An error event and nothing else is a refusal: there is nothing to charge."""
+    if reading.exact or reading.raw is not None or any(reading.counts.values()):
+        return reading
+    return replace(reading, counts={}, exact=True)

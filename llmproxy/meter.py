@@ -1,0 +1,394 @@
+"""The meter: what an answer costs, and how far it may be shown before the bill is committed.
+
+    backend's bytes -> StreamMeter.feed -> the client's bytes      (all but the end)
+                       StreamMeter.finish -> the held-back end     (once the bill is committed)
+
+Pure, and never raises: an answer that can't be read is passed on and not billed exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from llmproxy.audio import read_audio
+from llmproxy.endpoints import Shape
+from llmproxy.jsonbytes import InvalidJSON, parse_object, replace
+from llmproxy.model import MAX_COUNT, Counts, Kind, Reading
+from llmproxy.sse import MAX_EVENT, Decoder, Event
+from llmproxy.usage import (
+    MESSAGE_INPUT,
+    Absurd,
+    Report,
+    message_fields,
+    raw_fragment,
+    raw_text,
+    read_usage,
+    total,
+)
+
+# Quotes inside a JSON string are escaped, so none of these patterns can match in an answer's text.
+_CONTENT = re.compile(rb'"content"\s*+:\s*+"(?!")')
+_OTHER_CONTENT = re.compile(
+    rb'"(?:text|reasoning_content|reasoning|refusal|arguments)"\s*+:\s*+"(?!")'
+    rb'|"(?:tool_calls|function_call)"\s*+:\s*+(?:\[\s*+)?\{'
+)
+_FINISHED = re.compile(rb'"finish_reason"\s*+:\s*+"')
+_NULL_AT_END = b',"usage":null}'
+
+
+def read_answer(shape: Shape, body: bytes) -> Reading:
+    """The reading of a whole JSON answer."""
+    if shape is Shape.AUDIO:
+        return read_audio(body)
+    answered = bool(body)
+    if shape is Shape.FREE:
+        return Reading(exact=True, answered=answered)
+    try:
+        report = read_usage(shape, parse_object(body))
+    except InvalidJSON:
+        return Reading(raw=raw_fragment(body), answered=answered)
+    exact = report.raw is None and bool(report.counts)
+    return Reading(report.counts, exact, report.raw, answered)
+
+
+class StreamMeter:
+    """Reads the usage out of one event stream, and decides what the client may see of it.
+
+    `show_usage`: the client asked for the usage chunk. `continuous`: the backend was asked for
+    running counts in every chunk; `show_continuous`: by the client itself. `several`: the request
+    may have several answers (n, prompt lists), whose running counts are not those of the whole.
+
+    `ended`: the dialect's last event was seen; from there on everything is held back. `failed`:
+    an error event was seen. `content_events`: how many events with content so far.
+
+    When the answer breaks off before it `ended`, what `finish` gives is an incomplete event: read
+    the meter after it, and don't send it.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        show_usage: bool = False,
+        continuous: bool = False,
+        show_continuous: bool = False,
+        several: bool = False,
+        max_event: int = MAX_EVENT,
+    ) -> None:
+        self._decoder = Decoder(max_event)
+        self._dialect: _Dialect
+        if shape is Shape.CHAT:
+            self._dialect = _Chat(show_usage, continuous, show_continuous, several)
+        else:
+            self._dialect = _DIALECTS.get(shape, _Dialect)()
+        self._held: list[bytes] = []
+        self._room = max_event
+
+    @property
+    def ended(self) -> bool:
+        return self._dialect.ended
+
+    @property
+    def failed(self) -> bool:
+        return self._dialect.failed
+
+    @property
+    def content_events(self) -> int:
+        return self._dialect.content_events
+
+    @property
+    def oversized(self) -> int:
+        """How many events were too long to be looked into."""
+        return self._decoder.oversized
+
+    def reading(self) -> Reading:
+        """What is known now."""
+        return self._dialect.reading()
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes of the stream; what may be passed to the client now."""
+        dialect = self._dialect
+        passed = []
+        for event in self._decoder.feed(data):
+            shown = dialect.see(event)
+            if dialect.ended:
+                self._hold(shown)
+            else:
+                passed.append(shown)
+        return b"".join(passed)
+
+    def finish(self) -> bytes:
+        """At the end of the body: all that was held back."""
+        rest = self._decoder.end()
+        if rest is not None:
+            readable = _parse(rest.data) is not None or rest.data.startswith(b"[DONE]")
+            self._hold(self._dialect.see(rest) if readable else rest.raw)
+        held = b"".join(self._held)
+        self._held.clear()
+        return held
+
+    def _hold(self, piece: bytes) -> None:
+        # A backend that goes on without end after the end of its answer must not fill our memory.
+        if len(piece) <= self._room:
+            self._room -= len(piece)
+            self._held.append(piece)
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    try:
+        return parse_object(data)
+    except InvalidJSON:
+        return None
+
+
+class _Dialect:
+    """What is common to the dialects; by itself it passes everything and knows nothing."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self.failed = False
+        self.content_events = 0
+        self._answered = False
+        self._counts: dict[Kind, int] = {}
+        self._exact = False
+        self._raw: str | None = None
+
+    def see(self, event: Event) -> bytes:
+        """Take an event; the bytes that the client gets for it."""
+        self._answered = True
+        return event.raw
+
+    def reading(self) -> Reading:
+        counts = dict(self._counts)
+        if self._answered and not self._exact:
+            known = counts.get(Kind.COMPLETION, 0)
+            counts[Kind.COMPLETION] = max(known, self.content_events)
+        return Reading(counts, self._exact, self._raw, self._answered)
+
+    def _absurd(self, raw: str | None) -> None:
+        if raw is not None:
+            self._raw, self._exact = raw, False
+
+    def _valid(self, counts: Counts, exact: bool) -> None:
+        self._counts, self._exact, self._raw = dict(counts), exact, None
+
+
+class _Chat(_Dialect):
+    """Chat and legacy completions: usage in chunks, `[DONE]` at the end.
+
+    A report in a chunk without choices is the whole answer's and replaces what was known. One in
+    a chunk with choices is a running count: it belongs to that choice (so vLLM and SGLang give
+    it) and never goes down.
+    """
+
+    def __init__(
+        self, show_usage: bool, continuous: bool, show_continuous: bool, several: bool
+    ) -> None:
+        super().__init__()
+        self._show_usage = show_usage
+        self._continuous = continuous
+        self._hide_running = continuous and not show_continuous
+        self._several = several
+        self._finished = False
+        self._running: dict[object, int] = {}  # completion tokens by the index of the choice
+
+    def see(self, event: Event) -> bytes:
+        data = event.data
+        if not data:
+            # llama.cpp's older servers put an error into a field of that name.
+            self.failed |= event.raw.startswith(b"error:")
+            return event.raw
+        if data.startswith(b"[DONE]"):
+            self.ended = True
+            return event.raw
+        if b'"error"' in data and self._is_error(event):
+            return event.raw
+        self._answered = True
+        at = data.find(b'"usage"')
+        if at < 0:
+            self._count(data)
+            return event.raw
+        if at == len(data) + 1 - len(_NULL_AT_END) and data.endswith(_NULL_AT_END):
+            self._count(data)
+            return event.raw if self._show_usage else _without_null(event)
+        return self._see_usage(event)
+
+    def _is_error(self, event: Event) -> bool:
+        chunk = _parse(event.data)
+        error = event.name == b"error" or (chunk is not None and chunk.get("error") is not None)
+        self.failed |= error
+        return error
+
+    def _count(self, data: bytes) -> None:
+        if _CONTENT.search(data) or _OTHER_CONTENT.search(data):
+            self.content_events += 1
+            if self._running:
+                self._exact = False  # more came than the last running count knows of
+        if not self._finished and _FINISHED.search(data):
+            self._finished = True
+
+    def _see_usage(self, event: Event) -> bytes:
+        data = event.data
+        self._count(data)
+        chunk = _parse(data)
+        if chunk is None:
+            self._absurd(raw_fragment(data))
+            return event.raw
+        if chunk.get("usage") is None:
+            drop = "usage" in chunk and not self._show_usage
+            return _spliced(event, None) if drop else event.raw
+        report = read_usage(Shape.CHAT, chunk)
+        if choices := chunk.get("choices"):
+            self._take_running(report, choices)
+            if self._hide_running:
+                return _spliced(event, b"null" if self._show_usage else None)
+            return event.raw
+        self._take_final(report)
+        return event.raw if self._show_usage else b""
+
+    def _take_final(self, report: Report) -> None:
+        if report.raw is not None:
+            self._absurd(report.raw)
+        else:
+            self._running.clear()
+            self._valid(report.counts, exact=True)
+
+    def _take_running(self, report: Report, choices: object) -> None:
+        if report.raw is not None:
+            self._absurd(report.raw)
+            return
+        index = _index(choices)
+        self._running[index] = max(self._running.get(index, 0), report.counts[Kind.COMPLETION])
+        whole = len(self._running) == 1 and not self._several
+        counts = {
+            Kind.PROMPT: report.counts[Kind.PROMPT],
+            Kind.COMPLETION: min(sum(self._running.values()), MAX_COUNT),
+        }
+        higher = {kind: max(counts[kind], self._counts.get(kind, 0)) for kind in counts}
+        self._valid(higher, exact=whole and (self._continuous or self._finished))
+
+
+def _index(choices: object) -> object:
+    first = choices[0] if isinstance(choices, list) else None
+    index = first.get("index") if isinstance(first, dict) else None
+    return index if isinstance(index, int) else 0
+
+
+def _without_null(event: Event) -> bytes:
+    """The event of a chunk that ends in `,"usage":null}`, without it."""
+    return event.with_data(event.data[: -len(_NULL_AT_END)] + b"}")
+
+
+def _spliced(event: Event, usage: bytes | None) -> bytes:
+    try:
+        return event.with_data(replace(event.data, {"usage": usage}))
+    except InvalidJSON:
+        return event.raw
+
+
+class _Named(_Dialect):
+    """A dialect whose events have names, which are also their data's `type`."""
+
+    names: ClassVar[frozenset[bytes]] = frozenset()
+    prefix: ClassVar[bytes] = b"\0"
+
+    def see(self, event: Event) -> bytes:
+        if not event.data:
+            return event.raw
+        name, holder = event.name, None
+        if name not in self.names and not name.startswith(self.prefix):
+            # No name, or none of ours: then the data's type is what a client goes by.
+            holder = _parse(event.data) or {}
+            if holder.get("error") is not None:
+                self.failed = True
+                return event.raw
+            name = str(holder.get("type", "")).encode("utf-8", "replace")
+        if name == b"error":
+            self.failed = True
+            return event.raw
+        self._answered = True
+        self._take(name, event.data, holder)
+        return event.raw
+
+    def _take(self, name: bytes, data: bytes, holder: Mapping[str, Any] | None) -> None:
+        """Take an event. `holder`: its data, if it has been parsed."""
+        raise NotImplementedError
+
+    def _holder(self, data: bytes, holder: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if holder is None:
+            holder = _parse(data)
+        if holder is None:
+            self._absurd(raw_fragment(data))
+        return holder or {}
+
+
+class _Messages(_Named):
+    """Anthropic messages: input in `message_start`, cumulative output in `message_delta`.
+
+    A later report of a field wins, but for the output, which never goes down, and for a prompt
+    of no tokens, which is how some servers say that they don't repeat it.
+    """
+
+    names = frozenset(
+        b"message_start message_delta message_stop content_block_start content_block_delta "
+        b"content_block_stop ping error".split()
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fields: dict[str, int] = {}
+
+    def _take(self, name: bytes, data: bytes, holder: Mapping[str, Any] | None) -> None:
+        if name == b"content_block_delta":
+            self.content_events += 1
+        elif name == b"message_start":
+            message = self._holder(data, holder).get("message")
+            usage = message.get("usage") if isinstance(message, dict) else None
+            self._take_usage(usage, last=False)
+        elif name == b"message_delta":
+            self._take_usage(self._holder(data, holder).get("usage"), last=True)
+        elif name == b"message_stop":
+            self.ended = True
+
+    def _take_usage(self, usage: object, *, last: bool) -> None:
+        if usage is None:
+            return
+        try:
+            fields = self._fields | message_fields(usage)
+            prompt = total(*(fields.get(name, 0) for name in MESSAGE_INPUT))
+        except Absurd:
+            self._absurd(raw_text(usage))
+            return
+        self._fields = fields
+        counts = dict(self._counts)
+        if "input_tokens" in fields:
+            counts[Kind.PROMPT] = prompt or counts.get(Kind.PROMPT, 0)
+        if "output_tokens" in fields:
+            known = counts.get(Kind.COMPLETION, 0)
+            counts[Kind.COMPLETION] = max(fields["output_tokens"], known)
+        self._valid(counts, exact=last and len(counts) == 2)
+
+
+class _Responses(_Named):
+    """OpenAI responses: usage in the terminal event."""
+
+    names = frozenset([b"error"])
+    prefix = b"response."
+    terminal = frozenset([b"response.completed", b"response.incomplete", b"response.failed"])
+
+    def _take(self, name: bytes, data: bytes, holder: Mapping[str, Any] | None) -> None:
+        if name.endswith(b".delta"):
+            self.content_events += 1
+        elif name in self.terminal:
+            self.ended = True
+            self.failed |= name == b"response.failed"
+            report = read_usage(Shape.RESPONSES, self._holder(data, holder).get("response"))
+            if report.raw is not None:
+                self._absurd(report.raw)
+            elif report.counts:
+                self._valid(report.counts, exact=True)
+
+
+_DIALECTS = {Shape.MESSAGES: _Messages, Shape.RESPONSES: _Responses}

@@ -1,0 +1,411 @@
+"""What the proxy counts, in the Prometheus text format.
+
+The numbers are kept in cells of our own, which prometheus_client's collectors read at a scrape:
+its own histograms take a lock for every value and try bucket after bucket, which is too much for
+something that happens on each chunk of each answer. All of this belongs to the reactor's thread.
+
+No label is taken from a client as it is: what is not in a list that is fixed at start, or at a
+reload, is counted as `other`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from llmproxy.endpoints import ENDPOINTS
+from llmproxy.model import Counts, Kind, State
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+OTHER = "other"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+MODELS_PATH = "/v1/models"
+PATHS = frozenset({*ENDPOINTS, MODELS_PATH})
+#: What can go wrong with a backend: before there is an answer, then with the answer.
+ERROR_TYPES = frozenset(
+    {
+        *("connect", "tls", "timeout", "protocol"),
+        *("refused", "truncated", "stalled", "backend_failed", "usage"),
+    }
+)
+
+# 1 ms to 300 s: counting tokens at one end, a long answer of a reasoning model at the other.
+DURATION_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0),
+)
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0),
+)
+GAP_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+COMMIT_BUCKETS = (
+    *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+
+
+class Count:
+    """One number that only grows."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def add(self, amount: float = 1) -> None:
+        """Count `amount` more."""
+        self.value += amount
+
+
+class Gauge:
+    """One number as it is now: set at each change, or asked for at each scrape."""
+
+    __slots__ = ("_read", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._read: Callable[[], float] | None = None
+
+    def set(self, value: float) -> None:
+        """The number from now on."""
+        self.value = value
+
+    def follow(self, read: Callable[[], float]) -> None:
+        """Ask `read` at each scrape; when it raises, the number shows as NaN."""
+        self._read = read
+
+    def now(self) -> float:
+        """The number to expose."""
+        try:
+            return self._read() if self._read else self.value
+        except Exception:
+            return math.nan
+
+
+class Distribution:
+    """How many values fell into each bucket, and their sum."""
+
+    __slots__ = ("_bounds", "_buckets", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._buckets = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value; a bucket takes what is up to its bound, the bound included."""
+        self._buckets[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """The `le` labels with their cumulative counts, `+Inf` last."""
+        bounds = map(floatToGoString, (*self._bounds, math.inf))
+        return list(zip(bounds, accumulate(self._buckets), strict=True))
+
+
+Cell = TypeVar("Cell")
+
+
+class _Cells(Collector, Generic[Cell]):
+    """The cells of one metric, by their label values."""
+
+    def __init__(
+        self, registry: CollectorRegistry, name: str, text: str, labels: Sequence[str] = ()
+    ) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self.cells: dict[tuple[str, ...], Cell] = {}
+        registry.register(self)
+
+    def cell(self, *values: str) -> Cell:
+        """The cell with these label values, made where it isn't there yet."""
+        found = self.cells.get(values)
+        if found is None:
+            found = self.cells[values] = self._new()
+        return found
+
+    def _new(self) -> Cell:
+        raise NotImplementedError
+
+
+class _Counters(_Cells[Count]):
+    def _new(self) -> Count:
+        return Count()
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, cell in self.cells.items():
+            family.add_metric(values, cell.value)
+        yield family
+
+
+class _Gauges(_Cells[Gauge]):
+    def _new(self) -> Gauge:
+        return Gauge()
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for values, cell in self.cells.items():
+            family.add_metric(values, cell.now())
+        yield family
+
+
+class _Histograms(_Cells[Distribution]):
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        name: str,
+        text: str,
+        bounds: Sequence[float],
+        labels: Sequence[str] = (),
+    ) -> None:
+        super().__init__(registry, name, text, labels)
+        self._bounds = bounds
+
+    def _new(self) -> Distribution:
+        return Distribution(self._bounds)
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for values, cell in self.cells.items():
+            family.add_metric(values, cell.cumulative(), cell.total)
+        yield family
+
+
+class _PerBackend:
+    """The metrics that have a cell for each backend."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        model = ["model"]
+        self.requests = _Counters(
+            registry,
+            "llmproxy_backend_requests",
+            "Requests sent to a backend, by the status of its answer (none: no answer).",
+            ["model", "status"],
+        )
+        self.duration = _Histograms(
+            registry,
+            "llmproxy_backend_duration_seconds",
+            "From the request to a backend to the end of its answer.",
+            DURATION_BUCKETS,
+            model,
+        )
+        self.errors = _Counters(
+            registry,
+            "llmproxy_backend_errors",
+            "What went wrong with a backend.",
+            ["model", "error_type"],
+        )
+        self.tokens = _Counters(
+            registry, "llmproxy_tokens", "Tokens that were billed.", ["model", "type"]
+        )
+        self.audio = _Counters(
+            registry, "llmproxy_audio_seconds", "Seconds of audio that were billed.", model
+        )
+        self.first_token = _Histograms(
+            registry,
+            "llmproxy_time_to_first_token_seconds",
+            "From the request to a backend to the first token of its stream.",
+            FIRST_TOKEN_BUCKETS,
+            model,
+        )
+        self.gaps = _Histograms(
+            registry,
+            "llmproxy_chunk_gap_seconds",
+            "Between two chunks of a backend's stream.",
+            GAP_BUCKETS,
+            model,
+        )
+
+
+class BackendMetrics:
+    """What is counted for one backend. All times are in seconds."""
+
+    __slots__ = (
+        "_duration",
+        "_errors",
+        "_families",
+        "_model",
+        "_quantities",
+        "_requests",
+        "chunk_gap",
+        "first_token",
+    )
+
+    def __init__(self, families: _PerBackend, model: str) -> None:
+        self._families, self._model = families, model
+        self._requests: dict[int | None, Count] = {}
+        self._errors: dict[str, Count] = {}
+        self._quantities: dict[Kind, Count] = {
+            kind: families.audio.cell(model)
+            if kind is Kind.TRANSCRIPTION
+            else families.tokens.cell(model, kind.value)
+            for kind in Kind
+        }
+        self._duration = families.duration.cell(model).observe
+        #: Takes the time from the request to the first token of a stream.
+        self.first_token = families.first_token.cell(model).observe
+        #: Takes the time between two chunks of a stream.
+        self.chunk_gap = families.gaps.cell(model).observe
+
+    def request_done(self, status: int | None, seconds: float) -> None:
+        """A request ended, with the backend's `status` or without an answer."""
+        found = self._requests.get(status)
+        if found is None:
+            label = "none" if status is None else _status_label(status)
+            found = self._requests[status] = self._families.requests.cell(self._model, label)
+        found.value += 1
+        self._duration(seconds)
+
+    def error(self, error_type: str) -> None:
+        """Something went wrong: one of `ERROR_TYPES`."""
+        label = error_type if error_type in ERROR_TYPES else OTHER
+        self._families.errors.cell(self._model, label).value += 1
+
+    def billed(self, counts: Counts) -> None:
+        """These counts were put on a bill: tokens, and seconds of audio."""
+        for kind, quantity in counts.items():
+            self._quantities[kind].value += quantity
+
+
+class Metrics:
+    """All metrics of one process, in a registry of their own.
+
+    `version` is the proxy's, `models` the names of the backends.
+    """
+
+    def __init__(self, version: str, models: Iterable[str] = ()) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._front(registry)
+        self._families = _PerBackend(registry)
+        self._up = _Gauges(
+            registry,
+            "llmproxy_backend_up",
+            "Whether a backend answers its health check (absent: not known yet).",
+            ["model"],
+        )
+        self._ledger(registry)
+        build = _Gauges(registry, "llmproxy_build_info", "The proxy's version.", ["version"])
+        build.cell(version).set(1)
+        ProcessCollector(registry=registry)
+        self._other = BackendMetrics(self._families, OTHER)
+        self._backends: dict[str, BackendMetrics] = {}
+        self.set_models(models)
+
+    def _front(self, registry: CollectorRegistry) -> None:
+        self._requests = _Counters(
+            registry,
+            "llmproxy_requests",
+            "Requests of clients, by the status of our answer.",
+            ["method", "path", "status"],
+        )
+        self._request_cells: dict[tuple[str, str, int], Count] = {}
+        self._request_duration = _Histograms(
+            registry,
+            "llmproxy_request_duration_seconds",
+            "From a client's request to the end of our answer.",
+            DURATION_BUCKETS,
+        ).cell()
+        self._active = _Gauges(
+            registry, "llmproxy_active_requests", "Requests of clients in flight."
+        ).cell()
+
+    def _ledger(self, registry: CollectorRegistry) -> None:
+        self._rows = _Counters(
+            registry, "llmproxy_ledger_rows", "Ledger rows that came into a state.", ["state"]
+        )
+        for state in State:
+            self._rows.cell(state.value)
+        #: Takes the time that one commit of the ledger took.
+        self.ledger_commit = (
+            _Histograms(
+                registry, "llmproxy_ledger_commit_seconds", "One ledger commit.", COMMIT_BUCKETS
+            )
+            .cell()
+            .observe
+        )
+        #: Writes that wait for the ledger's next commit.
+        self.ledger_pending = _Gauges(
+            registry, "llmproxy_ledger_pending", "Writes that wait for the next ledger commit."
+        ).cell()
+        #: Events in the local journal that the store has not got yet.
+        self.delivery_backlog_rows = _Gauges(
+            registry, "llmproxy_delivery_backlog_rows", "Events that wait for delivery."
+        ).cell()
+        #: Seconds since the oldest of these events; 0 when there is none.
+        self.delivery_backlog_age = _Gauges(
+            registry,
+            "llmproxy_delivery_backlog_age_seconds",
+            "Age of the oldest event that waits for delivery.",
+        ).cell()
+
+    def set_models(self, models: Iterable[str]) -> None:
+        """Take these backends from now on; what was counted for others stays."""
+        names = set(models)
+        self._backends = {
+            name: self._backends.get(name) or BackendMetrics(self._families, name) for name in names
+        }
+        for labels in [labels for labels in self._up.cells if labels[0] not in names]:
+            del self._up.cells[labels]
+
+    def for_backend(self, name: str) -> BackendMetrics:
+        """What is counted for this backend; names that are not configured share one."""
+        return self._backends.get(name, self._other)
+
+    def backend_up(self, name: str, up: bool | None) -> None:
+        """The backend answers its health check, or doesn't; None when that isn't known."""
+        if up is None:
+            self._up.cells.pop((name,), None)
+        elif name in self._backends:
+            self._up.cell(name).set(up)
+
+    def request_started(self) -> None:
+        """A client's request has come; `request_done` is called for it later, once."""
+        self._active.value += 1
+
+    def request_done(self, method: str, path: str, status: int, seconds: float) -> None:
+        """A client's request ended. `path` is as it was sent, without a query."""
+        self._active.value -= 1
+        key = (method if method in METHODS else OTHER, _path_label(path), status)
+        found = self._request_cells.get(key)
+        if found is None:
+            cell = self._requests.cell(key[0], key[1], _status_label(status))
+            found = self._request_cells[key] = cell
+        found.value += 1
+        self._request_duration.observe(seconds)
+
+    def ledger_rows(self, state: State, count: int = 1) -> None:
+        """So many ledger rows came into `state`."""
+        self._rows.cell(state.value).value += count
+
+    def exposition(self) -> bytes:
+        """All metrics in the text format, version 0.0.4 (`CONTENT_TYPE`)."""
+        return generate_latest(self._registry)
+
+
+def _status_label(status: int) -> str:
+    return str(status) if 100 <= status <= 599 else OTHER
+
+
+def _path_label(path: str) -> str:
+    if path in PATHS:
+        return path
+    return MODELS_PATH if path.startswith(MODELS_PATH + "/") else OTHER

@@ -1,0 +1,130 @@
+"""Values that travel through the stages of a request. Frozen, and free of I/O."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+#: Largest count that a bill can hold (signed 64 bit, as SQLite and BSON store it).
+MAX_COUNT = 2**63 - 1
+
+
+class Kind(enum.StrEnum):
+    """What is counted: the last part of a product name `MODEL/DEVICE/KIND`."""
+
+    PROMPT = "prompt"  # tokens
+    COMPLETION = "completion"  # tokens
+    EMBEDDING = "embedding"  # tokens
+    TRANSCRIPTION = "transcription"  # seconds of audio, rounded up
+
+
+class Outcome(enum.StrEnum):
+    """How a forwarded request ended."""
+
+    COMPLETE = "complete"  # the backend's answer came whole
+    TRUNCATED = "truncated"  # the backend's answer broke off
+    STALLED = "stalled"  # the backend fell silent for too long in mid-answer
+    CLIENT_GONE = "client_gone"  # the client left before the end
+    REFUSED = "refused"  # no result: the backend said no, or the request was never whole
+    BACKEND_FAILED = "backend_failed"  # no answer that could be understood
+
+
+class State(enum.StrEnum):
+    """What is known about the bill of one ledger row."""
+
+    OPEN = "open"  # in flight
+    SETTLED = "settled"  # the backend's own number
+    ESTIMATED = "estimated"  # our count; delivered, and listed for the operator
+    DISPUTED = "disputed"  # the backend's number is missing or absurd; waits for the operator
+    ORPHAN = "orphan"  # nothing is known; waits for the operator
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Whom a key belongs to. `key_id` names the key's record, never the key itself."""
+
+    key_id: str
+    user_id: str | None = None
+    expires: datetime | None = None  # None: never
+
+
+Counts = Mapping[Kind, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a meter knows about an answer.
+
+    `counts`: the best numbers known, possibly partial. `exact`: they are the backend's own and
+    final. `raw`: the text of a usage report that could not be used (at most 2 KiB), None if
+    there was none. `answered`: at least one byte of a result was seen.
+    """
+
+    counts: Counts = field(default_factory=dict)
+    exact: bool = False
+    raw: str | None = None
+    answered: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A ledger row as it is opened, before the request goes to the backend."""
+
+    rid: str
+    opened: datetime
+    account: Account
+    path: str
+    model: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """How a ledger row is closed. Only `settled` and `estimated` rows are charged now."""
+
+    state: State
+    outcome: Outcome | None  # None: the process died, nobody knows
+    counts: Counts
+    finished: datetime
+    status: int | None = None
+    raw: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One line of a bill, as delivered: identity is (`rid`, `product`)."""
+
+    rid: str
+    created: datetime
+    account: Account
+    product: str
+    quantity: int
+
+
+def product(model: str, device: str, kind: Kind) -> str:
+    """The product's name on a bill: `MODEL/DEVICE/KIND`."""
+    return f"{model}/{device}/{kind}"
+
+
+def events(entry: Entry, settlement: Settlement) -> tuple[Event, ...]:
+    """The lines that a closed row puts on the bill; none for rows that wait for the operator."""
+    if settlement.state not in (State.SETTLED, State.ESTIMATED):
+        return ()
+    return tuple(
+        Event(
+            rid=entry.rid,
+            created=settlement.finished,
+            account=entry.account,
+            product=product(entry.model, entry.device, kind),
+            quantity=settlement.counts[kind],
+        )
+        for kind in Kind
+        if kind in settlement.counts
+    )
+
+
+def utcnow() -> datetime:
+    """The time for ledger rows: UTC, aware."""
+    return datetime.now(UTC)

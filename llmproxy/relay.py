@@ -1,0 +1,108 @@
+"""Reading a backend's answer: with back-pressure, a limit to silence, and one ending."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http import PotentialDataLoss
+
+
+class BodyEnd(enum.Enum):
+    """How the reading of a body ended."""
+
+    WHOLE = "whole"  # as long as it said it would be
+    UNFRAMED = "unframed"  # closed by the backend, at an end or not
+    BROKEN = "broken"  # cut short
+    STALLED = "stalled"  # silent for too long
+    STOPPED = "stopped"  # by us
+
+
+class BodyReader(Protocol):
+    """Hands a backend's body to `sink`, piece by piece; `ended` fires exactly once.
+
+    States: reading; paused (by the client's slowness, when the silence is not the backend's
+    fault); over.
+    """
+
+    transport: IPushProducer  # what twisted.web gives a body's protocol
+
+    def __init__(
+        self, sink: Callable[[bytes], None], clock: IReactorTime, silence_s: float
+    ) -> None:
+        self.ended: Deferred[BodyEnd] = Deferred()
+        self._sink = sink
+        self._clock = clock
+        self._silence_s = silence_s
+        self._timer: IDelayedCall | None = None
+        self._at_silence = BodyEnd.STALLED
+        self._over = False
+
+    def connectionMade(self) -> None:
+        """The body begins."""
+        self._listen()
+
+    def dataReceived(self, data: bytes) -> None:
+        """A piece of it."""
+        if self._over:  # bytes can still arrive after stopProducing
+            return
+        if self._timer is not None:
+            self._timer.reset(self._silence_s)
+        self._sink(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """It ended."""
+        if reason.check(ResponseDone):
+            self._finish(BodyEnd.WHOLE)
+        else:
+            self._finish(BodyEnd.UNFRAMED if reason.check(PotentialDataLoss) else BodyEnd.BROKEN)
+
+    def stop(self, end: BodyEnd = BodyEnd.STOPPED) -> None:
+        """Close the backend's connection, and be done."""
+        if not self._over:
+            self._finish(end)
+            if self.transport is not None:  # the body may not have begun
+                self.transport.stopProducing()
+
+    def finish_within(self, seconds: float) -> None:
+        """All that matters has come: wait no longer than this for the rest."""
+        self._silence_s = seconds
+        self._at_silence = BodyEnd.WHOLE
+        if self._timer is not None:
+            self._timer.reset(seconds)
+
+    def pauseProducing(self) -> None:
+        """Hold the backend up."""
+        if not self._over:
+            self._cancel_timer()
+            self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Go on."""
+        if not self._over:
+            self._listen()
+            self.transport.resumeProducing()
+
+    def _listen(self) -> None:
+        if self._timer is None and not self._over:
+            self._timer = self._clock.callLater(self._silence_s, self._silent)
+
+    def _silent(self) -> None:
+        self._timer = None
+        self.stop(self._at_silence)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _finish(self, end: BodyEnd) -> None:
+        if not self._over:
+            self._over = True
+            self._cancel_timer()
+            self.ended.callback(end)

@@ -1,0 +1,150 @@
+"""The request's body: what it asks for, and what the backend gets of it.
+
+The backend gets the client's bytes, but for the model's name and for what metering needs. A body
+that a backend could read in another way than we did is refused, not repaired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from llmproxy.endpoints import Endpoint, Shape
+from llmproxy.errors import BadRequest
+from llmproxy.jsonbytes import InvalidJSON, Member, duplicate, members, parse_object, replace
+
+#: Longest name of a model, in characters.
+MAX_MODEL = 256
+
+# Fields that decide on routing and metering. Servers written in Go (Ollama) take `Model` for
+# `model`: with the wrong case these are refused, or the bill would be for another model.
+_OURS = frozenset(["model", "stream", "stream_options", "background", "store"])
+_OPTIONS = frozenset(["include_usage", "continuous_usage_stats"])
+
+
+@dataclass(frozen=True, slots=True)
+class JSONRequest:
+    """A request's body, understood.
+
+    `show_usage`, `show_continuous`: the client asked for the usage chunk, for running counts.
+    `several`: it may ask for several answers, whose running counts are not those of the whole.
+    """
+
+    raw: bytes = field(repr=False)
+    model: str
+    stream: bool = False
+    show_usage: bool = False
+    show_continuous: bool = False
+    several: bool = False
+    members: Sequence[Member] = field(default=(), repr=False)
+
+
+def plan(endpoint: Endpoint, raw: bytes) -> JSONRequest:
+    """Read a request's body. Raises BadRequest (400) with the field's name in `param`."""
+    try:
+        body = parse_object(raw)
+        found = members(raw)
+    except InvalidJSON as error:
+        raise BadRequest(f"The request body is {error}.") from None
+    _refuse_ambiguous(found, _OURS, "")
+    stream = _stream(endpoint, body)
+    options = _stream_options(raw, body, found)
+    show_usage = options.get("include_usage") is True
+    if endpoint.shape is Shape.RESPONSES and body.get("background") not in (None, False):
+        raise BadRequest("'background' is not supported here.", param="background")
+    return JSONRequest(
+        raw,
+        _model(body),
+        stream,
+        show_usage,
+        show_usage and options.get("continuous_usage_stats") is True,
+        _several(body),
+        found,
+    )
+
+
+def body_for(
+    request: JSONRequest, endpoint: Endpoint, *, model: str | None = None, continuous: bool = False
+) -> bytes:
+    """The body for a backend: `request.raw` itself when nothing has to change.
+
+    `model`: the backend's own name of the model, None if it is the same. `continuous`: ask for
+    running counts.
+    """
+    changes: dict[str, bytes | None] = {}
+    if model is not None and model != request.model:
+        changes["model"] = orjson.dumps(model)
+    if endpoint.shape is Shape.CHAT and request.stream:
+        changes["stream_options"] = _forced_options(request, continuous)
+    if endpoint.shape is Shape.RESPONSES:
+        changes["store"] = b"false"
+    if not changes:
+        return request.raw
+    return replace(request.raw, changes, request.members)
+
+
+def _forced_options(request: JSONRequest, continuous: bool) -> bytes:
+    raw = _value(request.raw, request.members, "stream_options")
+    forced: dict[str, bytes | None] = {"include_usage": b"true"}
+    if continuous:
+        forced["continuous_usage_stats"] = b"true"
+    elif not request.show_continuous:
+        # Without `include_usage` it had no effect; now it would.
+        forced["continuous_usage_stats"] = None
+    return replace(raw if raw.startswith(b"{") else b"{}", forced)
+
+
+def _refuse_ambiguous(found: Sequence[Member], ours: frozenset[str], prefix: str) -> None:
+    twice = duplicate(found)
+    if twice is not None:
+        name = prefix + twice[:64]
+        raise BadRequest(f"The field {name!r} stands twice in the request body.", param=name)
+    for member in found:
+        if member.key not in ours and (name := member.key.casefold()) in ours:
+            name = prefix + name
+            raise BadRequest(f"The field {name!r} must be spelled like this.", param=name)
+
+
+def _model(body: dict[str, Any]) -> str:
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest("'model' must be the name of a model.", param="model")
+    if len(model) > MAX_MODEL:
+        raise BadRequest(f"'model' is longer than {MAX_MODEL} characters.", param="model")
+    return model
+
+
+def _stream(endpoint: Endpoint, body: dict[str, Any]) -> bool:
+    stream = body.get("stream", False)
+    if not isinstance(stream, bool):
+        raise BadRequest("'stream' must be true or false.", param="stream")
+    if stream and not endpoint.streams:
+        raise BadRequest("'stream' is not supported on this path.", param="stream")
+    return stream
+
+
+def _stream_options(raw: bytes, body: dict[str, Any], found: Sequence[Member]) -> dict[str, Any]:
+    options = body.get("stream_options")
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise BadRequest("'stream_options' must be an object.", param="stream_options")
+    inner = members(_value(raw, found, "stream_options"))
+    _refuse_ambiguous(inner, _OPTIONS, "stream_options.")
+    return options
+
+
+def _value(raw: bytes, found: Sequence[Member], key: str) -> bytes:
+    for member in found:
+        if member.key == key:
+            return raw[member.value_start : member.value_end]
+    return b""
+
+
+def _several(body: dict[str, Any]) -> bool:
+    prompt = body.get("prompt")
+    listed = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+    return listed or any(body.get(name) not in (None, 1) for name in ("n", "best_of"))

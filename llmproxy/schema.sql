@@ -1,0 +1,46 @@
+-- The schema of llmproxy's SQLite store. Safe to apply again, and to a database of the earlier
+-- llmproxy, which has the tables api_key and event_oneoff.
+
+CREATE TABLE IF NOT EXISTS api_key (
+	id TEXT PRIMARY KEY,
+	secret TEXT,           -- lower-case hex SHA-256 of the key
+	type TEXT,             -- 'LLM'
+	expires TEXT,          -- ISO 8601, UTC where no offset is given; NULL: never
+	comment TEXT
+);
+CREATE INDEX IF NOT EXISTS api_key_secret ON api_key(secret);
+
+CREATE TABLE IF NOT EXISTS event_oneoff (
+	id INTEGER PRIMARY KEY,
+	created TEXT,          -- when the request finished, UTC
+	api_key TEXT,          -- api_key.id
+	product TEXT,          -- MODEL/DEVICE/TYPE
+	quantity INTEGER,      -- tokens, or seconds of audio
+	rid TEXT               -- the request's id
+);
+CREATE UNIQUE INDEX IF NOT EXISTS event_oneoff_identity ON event_oneoff(rid, product);
+
+-- One row per request that was sent to a backend.
+CREATE TABLE IF NOT EXISTS ledger (
+	rid TEXT PRIMARY KEY,
+	state TEXT NOT NULL,   -- open, settled, estimated, disputed, orphan
+	owner TEXT NOT NULL,   -- the process that opened it
+	opened TEXT NOT NULL,
+	finished TEXT,
+	api_key TEXT NOT NULL,
+	user_id TEXT,
+	path TEXT NOT NULL,
+	model TEXT NOT NULL,
+	device TEXT NOT NULL,
+	outcome TEXT,          -- complete, truncated, stalled, client_gone, refused, backend_failed; NULL after a crash
+	status INTEGER,        -- the backend's HTTP status
+	prompt INTEGER,
+	completion INTEGER,
+	embedding INTEGER,
+	transcription INTEGER,
+	raw TEXT,              -- a usage report that could not be used
+	delivered INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS ledger_unsettled ON ledger(state) WHERE state <> 'settled';
+CREATE INDEX IF NOT EXISTS ledger_undelivered ON ledger(finished, rid)
+	WHERE delivered = 0 AND state IN ('settled', 'estimated');

@@ -1,0 +1,115 @@
+"""TLS towards MongoDB, as a connection string's `tls` options ask for it."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from OpenSSL.crypto import X509, PKey
+from OpenSSL.SSL import Connection, Context
+from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
+from twisted.internet.ssl import (
+    Certificate,
+    CertificateOptions,
+    optionsForClientTLS,
+    platformTrust,
+    trustRootFromCertificates,
+)
+from zope.interface import implementer
+
+from llmproxy.errors import ConfigError
+from llmproxy.storage.mongo_uri import KEY, TLSSettings
+
+
+class TLSClient:
+    """Makes TLS connections to the hosts of one connection string.
+
+    Reads the files at once; raises `ConfigError` if one can't be read or understood.
+    """
+
+    def __init__(self, settings: TLSSettings) -> None:
+        self._settings = settings
+        self._trust_root = _trust_root(settings.ca_file)
+        self._certificates: list[x509.Certificate] = []
+        self._key: PKey | None = None
+        if settings.key_file is not None:
+            self._key, self._certificates = _key_file(settings.key_file, settings.key_password)
+
+    def creator(self, host: str) -> IOpenSSLClientConnectionCreator:
+        """What `wrapClientTLS` needs for a connection to `host`."""
+        if self._settings.check_certificate and self._settings.check_hostname:
+            return optionsForClientTLS(
+                host, trustRoot=self._trust_root, extraCertificateOptions=self._identity()
+            )
+        trust = {"trustRoot": self._trust_root} if self._settings.check_certificate else {}
+        options = CertificateOptions(**trust, **self._identity())
+        return _AnyHost(options.getContext(), host)
+
+    def _identity(self) -> dict[str, Any]:
+        """Our own certificate, as `CertificateOptions` takes it."""
+        if self._key is None:
+            return {}
+        own, *chain = [X509.from_cryptography(certificate) for certificate in self._certificates]
+        return {"privateKey": self._key, "certificate": own, "extraCertChain": chain}
+
+
+@implementer(IOpenSSLClientConnectionCreator)
+class _AnyHost:
+    """Connections whose server may have a certificate for another name (the operator's wish)."""
+
+    def __init__(self, context: Context, host: str) -> None:
+        self._context = context
+        self._host = host
+
+    def clientConnectionForTLS(self, tlsProtocol: Any) -> Connection:
+        connection = Connection(self._context, None)
+        if not _is_address(self._host):
+            connection.set_tlsext_host_name(self._host.encode("idna"))
+        return connection
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{KEY}: {path}: {error.strerror}") from error
+
+
+def _certificates_of(path: str, data: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except ValueError:
+        raise ConfigError(f"{KEY}: {path}: no PEM certificate") from None
+
+
+def _trust_root(path: str | None) -> Any:
+    if path is None:
+        return platformTrust()  # type: ignore[no-untyped-call]
+    certificates = [
+        Certificate(X509.from_cryptography(certificate))  # type: ignore[no-untyped-call]
+        for certificate in _certificates_of(path, _read(path))
+    ]
+    return trustRootFromCertificates(certificates)  # type: ignore[no-untyped-call]
+
+
+def _key_file(path: str, password: str | None) -> tuple[PKey, list[x509.Certificate]]:
+    data = _read(path)
+    certificates = _certificates_of(path, data)
+    try:
+        secret = password.encode() if password is not None else None
+        key = load_pem_private_key(data, secret)
+        return PKey.from_cryptography_key(key), certificates  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        # The library's own text could show a part of the file.
+        raise ConfigError(f"{KEY}: {path}: no private key, or a wrong password") from None

@@ -1,0 +1,119 @@
+"""The SQLite file: its schema, its connections, and the keys in it."""
+
+from __future__ import annotations
+
+import sqlite3
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from twisted.enterprise import adbapi
+from twisted.internet.defer import Deferred
+from zope.interface import implementer
+
+from llmproxy.errors import StorageError
+from llmproxy.expiry import expiry_time
+from llmproxy.model import Account
+from llmproxy.storage import IAccounts
+
+#: How long a statement waits for another process's lock before it fails and is tried again.
+BUSY_TIMEOUT_S = 1.0
+
+
+def configure(connection: sqlite3.Connection) -> None:
+    """Make commits durable: WAL, with an fsync for each (https://www.sqlite.org/pragma.html).
+
+    synchronous=NORMAL would lose the last commits when the power fails.
+    """
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=FULL")
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Make the schema, or bring an earlier llmproxy's database up to it; nothing is lost."""
+    configure(connection)
+    try:
+        connection.executescript(files("llmproxy").joinpath("schema.sql").read_text())
+    except sqlite3.IntegrityError:
+        _accept_old_duplicates(connection)
+        connection.executescript(files("llmproxy").joinpath("schema.sql").read_text())
+
+
+def _accept_old_duplicates(connection: sqlite3.Connection) -> None:
+    """The earlier llmproxy could bill twice; keep such rows as they are, and allow no new ones."""
+    (last,) = connection.execute("SELECT max(id) FROM event_oneoff").fetchone()
+    connection.execute(
+        "CREATE UNIQUE INDEX event_oneoff_identity ON event_oneoff(rid, product) "
+        f"WHERE id > {int(last)}"
+    )
+
+
+def connect(path: Path | str) -> sqlite3.Connection:
+    """A connection with explicit transactions, for one thread at a time."""
+    return sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+
+
+def prepare(path: Path) -> None:
+    """Make and migrate the file. Raises StorageError with the file's name; blocks, so: at start."""
+    try:
+        connection = connect(path)
+        try:
+            migrate(connection)
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise StorageError(f"database {path}: {error}") from error
+
+
+def make_pool(path: Path, reactor: Any) -> adbapi.ConnectionPool:
+    """One thread with one connection to the file; SQLite has one writer anyway."""
+    return adbapi.ConnectionPool(
+        "sqlite3",
+        str(path),
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+        cp_min=1,
+        cp_max=1,
+        cp_openfun=configure,
+        cp_reactor=reactor,
+        cp_name=f"sqlite {path}",
+    )
+
+
+@implementer(IAccounts)
+class SQLiteAccounts:
+    """Keys in the table `api_key`."""
+
+    def __init__(self, pool: adbapi.ConnectionPool) -> None:
+        self._pool = pool
+
+    def find(self, secret_hash: str, now: datetime) -> Deferred[Account | None]:
+        """See `IAccounts.find`. Dates are compared as time: many spellings are legal."""
+        return Deferred.fromCoroutine(self._find(secret_hash, now))
+
+    async def _find(self, secret_hash: str, now: datetime) -> Account | None:
+        try:
+            rows = await self._pool.runQuery(
+                "SELECT id, expires FROM api_key WHERE secret = ? AND type = 'LLM'", (secret_hash,)
+            )
+        except sqlite3.Error as error:
+            raise StorageError(f"key look-up: {error}") from error
+        for key_id, expires in rows:
+            valid_until = expiry_time(expires)
+            if valid_until is None or valid_until > now:
+                return Account(key_id=key_id, expires=valid_until)
+        return None
+
+
+def to_text(moment: datetime) -> str:
+    """How times are stored: ISO 8601 in UTC, so that text order is time order."""
+    return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def from_text(text: str) -> datetime:
+    """The inverse of `to_text`."""
+    return datetime.fromisoformat(text)

@@ -1,0 +1,110 @@
+"""Opening and closing the stores that the configuration names.
+
+SQLite: one file for keys, ledger and bills. MongoDB: keys and bills there, the ledger in a local
+SQLite journal, from which a delivery moves the bills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twisted.enterprise.adbapi import ConnectionPool
+from twisted.internet.defer import Deferred
+from twisted.internet.defer import TimeoutError as DeferTimeoutError
+from twisted.logger import Logger
+
+from llmproxy.config import Config
+from llmproxy.delivery import Delivery
+from llmproxy.errors import StorageError
+from llmproxy.storage import IAccounts, mongo
+from llmproxy.storage.journal import SQLiteLedger
+from llmproxy.storage.owners import Owners
+from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
+
+#: How long a stop waits for the last commits; what is not written then is found at the next start.
+LAST_COMMITS_S = 10.0
+
+
+class Stores:
+    """`accounts` and `ledger`, from `open` to `close`."""
+
+    log = Logger()
+
+    accounts: IAccounts
+    ledger: SQLiteLedger
+
+    def __init__(self, config: Config, reactor: Any) -> None:
+        self._config = config
+        self._reactor = reactor
+        self._path: Path = config.db.sqlite_path or config.ledger.path
+        self._owners = Owners(self._path)
+        self._pools: list[ConnectionPool] = []
+        self._mongo: mongo.MongoStore | None = None
+        self.delivery: Delivery | None = None
+
+    async def open(self, on_commit: Callable[[float, int], None]) -> None:
+        """Make what is missing, and close what a dead process left open.
+
+        Raises ConfigError, StorageError.
+        """
+        prepare(self._path)
+        try:
+            self._owners.join()
+        except OSError as error:
+            raise StorageError(f"database {self._path}: {error.strerror}") from error
+        self.ledger = SQLiteLedger(
+            self._pool(),
+            self._reactor,
+            self._owners,
+            bills_here=not self._config.db.is_mongodb,
+            on_commit=on_commit,
+        )
+        if self._config.db.is_mongodb:
+            await self._open_mongo()
+        else:
+            self.accounts = SQLiteAccounts(self._pool())
+        for state, count in (await self.ledger.recover()).items():
+            self.log.warn(
+                "ledger: {count} rows of an ended process are now {state}",
+                count=count,
+                state=str(state),
+            )
+
+    async def _open_mongo(self) -> None:
+        self._mongo = mongo.connect(self._config.db.uri, self._reactor)
+        await self._mongo.start()
+        self.accounts = self._mongo.accounts
+        self.delivery = Delivery(self.ledger, self._mongo.events, self._reactor)
+        self.ledger.notify = self.delivery.notify
+        self.delivery.startService()
+
+    def _pool(self) -> ConnectionPool:
+        pool = make_pool(self._path, self._reactor)
+        self._pools.append(pool)
+        return pool
+
+    async def close(self) -> None:
+        """Wait for the last commits, and close."""
+        if hasattr(self, "ledger"):
+            try:
+                await self.ledger.writer.when_idle().addTimeout(LAST_COMMITS_S, self._reactor)
+            except DeferTimeoutError:
+                self.log.error(
+                    "ledger: {pending} writes were not possible before the end",
+                    pending=self.ledger.writer.pending,
+                )
+            self.ledger.writer.stop()
+        if self.delivery is not None:
+            await self.delivery.stopService()
+        if self._mongo is not None:
+            await self._mongo.close()
+        for pool in self._pools:
+            pool.close()
+        self._owners.leave()
+
+
+def close_soon(closing: Deferred[None]) -> None:
+    """For an opening that failed: close what was opened, and say what goes wrong."""
+    closing.addErrback(lambda failure: Stores.log.failure("closing the stores", failure))

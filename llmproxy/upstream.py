@@ -1,0 +1,211 @@
+"""The backend's side: one request, one answer, through treq.
+
+This is the one place where Twisted's failures become ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import treq
+from hyperlink import EncodedURL
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    DNSLookupError,
+    UserError,
+)
+from twisted.internet.error import TimeoutError as TwistedTimeoutError
+from twisted.internet.interfaces import IConsumer, IOpenSSLClientConnectionCreator
+from twisted.internet.ssl import (
+    Certificate,
+    optionsForClientTLS,
+    trustRootFromCertificates,
+)
+from twisted.web.client import Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IBodyProducer, IPolicyForHTTPS, IResponse
+from zope.interface import implementer
+
+from llmproxy.config import Backend
+from llmproxy.errors import BackendError, BackendTimeout, ProxyError
+from llmproxy.upload import ClientGone
+
+#: Idle connections are dropped before the servers do it (uvicorn: 5 s), because a request that
+#: meets a closing connection can't be repeated safely.
+IDLE_CONNECTION_S = 4
+#: How many idle connections are kept per backend.
+IDLE_CONNECTIONS = 1024
+
+
+class NotSent(BackendError):
+    """No connection could be made: the backend has seen nothing of the request."""
+
+
+class CodedAnswer(BackendError):
+    """The backend compressed its answer, unasked: it can't be metered."""
+
+
+class RequestBody(Protocol):
+    """An `IBodyProducer` that says when it is sent: then the wait for the answer begins."""
+
+    on_sent: Callable[[], None]
+
+
+@implementer(IBodyProducer)
+class BytesBody:
+    """A request body that is in memory."""
+
+    def __init__(self, body: bytes) -> None:
+        self.length = len(body)
+        self.on_sent: Callable[[], None] = lambda: None
+        self._body = body
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Write it in one piece."""
+        consumer.write(self._body)
+        self.on_sent()
+        return succeed(None)
+
+    def pauseProducing(self) -> None:
+        """All is written already."""
+
+    def resumeProducing(self) -> None:
+        """All is written already."""
+
+    def stopProducing(self) -> None:
+        """All is written already."""
+
+
+@implementer(IAgent)
+class IdentityAgent:
+    """Asks for answers as they are, and refuses coded ones."""
+
+    def __init__(self, agent: IAgent) -> None:
+        self._agent = agent
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        """See `IAgent.request`."""
+        if headers is not None:
+            headers.removeHeader(b"Accept-Encoding")  # treq would have it gzipped
+        return self._agent.request(method, uri, headers, bodyProducer).addCallback(_uncoded)
+
+
+def _uncoded(response: IResponse) -> IResponse:
+    coding = (response.headers.getRawHeaders(b"Content-Encoding") or [b"identity"])[0]
+    if coding.strip().lower() in (b"", b"identity"):
+        return response
+    drop(response)
+    raise CodedAnswer("The model's server sent an answer in a form that was not asked for.")
+
+
+def drop(response: Any) -> None:
+    """Close the connection of an answer whose body nobody wants."""
+    response.deliverBody(_Dropped())
+
+
+class _Dropped:
+    def makeConnection(self, transport: Any) -> None:
+        transport.stopProducing()
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes can still come after stopProducing."""
+
+    def connectionLost(self, reason: object) -> None:
+        """As it was meant."""
+
+
+@implementer(IPolicyForHTTPS)
+class _Unverified:
+    """TLS without a look at the certificate (`verify_ssl = false`)."""
+
+    def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
+        """See `IPolicyForHTTPS.creatorForNetloc`."""
+        return optionsForClientTLS(
+            hostname.decode("ascii"), extraCertificateOptions={"verify": False}
+        )
+
+
+class Upstream:
+    """The connections to one backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        agent: IAgent,
+        reactor: Any,
+        close: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.agent = IdentityAgent(agent)
+        self._base = EncodedURL.from_text(backend.url)
+        self._urls: dict[str, EncodedURL] = {}
+        self._reactor = reactor
+        self.close = close
+
+    def send(self, path: str, headers: Headers, body: RequestBody) -> Deferred[IResponse]:
+        """POST `body` to `path`; fires with the answer's header, its body still to come.
+
+        Fails with NotSent, BackendTimeout, BackendError. Cancel it to close the connection.
+        """
+        sent = treq.request(
+            "POST",
+            self._url(path),
+            headers=headers,
+            data=cast(IBodyProducer, body),
+            agent=self.agent,
+            allow_redirects=False,
+            unbuffered=True,
+            reactor=self._reactor,
+        )
+        return cast("Deferred[IResponse]", sent)
+
+    def _url(self, path: str) -> EncodedURL:
+        if path not in self._urls:
+            self._urls[path] = self._base.child(*path.strip("/").split("/"))
+        return self._urls[path]
+
+
+def translate(error: Exception) -> Exception:
+    """A failure of the transport as the client may know it; ours and the client's own stay."""
+    for failure in getattr(error, "reasons", ()):
+        if isinstance(failure.value, (ProxyError, ClientGone)):
+            return cast(Exception, failure.value)
+    if isinstance(error, (ProxyError, ClientGone)):
+        return error
+    if isinstance(error, (ConnectError, DNSLookupError, ConnectingCancelledError, UserError)):
+        return NotSent("The model's server can't be reached.")
+    if isinstance(error, (TwistedTimeoutError, CancelledError)):
+        return BackendTimeout("The model's server did not answer in time.")
+    return BackendError("The model's server broke the connection.")
+
+
+def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:
+    """The real connections to `backend`."""
+    pool = HTTPConnectionPool(reactor)
+    pool.maxPersistentPerHost = IDLE_CONNECTIONS
+    pool.cachedConnectionTimeout = IDLE_CONNECTION_S
+    pool.retryAutomatically = False
+    agent = Agent(
+        reactor,
+        contextFactory=_policy(backend),
+        connectTimeout=timeout_connect,
+        pool=pool,
+    )
+    return Upstream(backend, agent, reactor, close=pool.closeCachedConnections)
+
+
+def _policy(backend: Backend) -> IPolicyForHTTPS:
+    if not backend.verify_ssl:
+        return _Unverified()
+    if backend.ca_file is None:
+        return BrowserLikePolicyForHTTPS()
+    certificate = Certificate.loadPEM(backend.ca_file.read_bytes())
+    return BrowserLikePolicyForHTTPS(trustRootFromCertificates([certificate]))
