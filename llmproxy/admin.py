@@ -59,11 +59,11 @@ class _Page(Resource):
     """One path, for GET and HEAD."""
 
     def __init__(self, answer: Callable[[], Answer]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._answer = answer
 
     def getChild(self, path: bytes, request: http.Request) -> Resource:
-        return _NotFound()  # type: ignore[no-untyped-call]
+        return _NotFound()
 
     def render(self, request: http.Request) -> bytes:
         if request.method not in (b"GET", b"HEAD"):
@@ -131,7 +131,7 @@ class AdminSite(Site):
     displayTracebacks = False
 
     def __init__(self, root: Resource, clock: IReactorTime) -> None:
-        super().__init__(  # type: ignore[no-untyped-call]
+        super().__init__(
             root,
             requestFactory=_AdminRequest,
             parsePOSTFormSubmission=False,

@@ -64,13 +64,13 @@ class Delivery(Service):
 
     def startService(self) -> None:
         """Begin with whatever an earlier process has left."""
-        super().startService()  # type: ignore[no-untyped-call]
+        super().startService()
         self._stopping = False
         self._loop = Deferred.fromCoroutine(self._run())
 
     def stopService(self) -> Deferred[None]:
         """Try once more to deliver what waits, for at most `FLUSH_S`; the rest stays on disk."""
-        super().stopService()  # type: ignore[no-untyped-call]
+        super().stopService()
         self._stopping = True
         if self._nap is not None:
             self._nap.end()
@@ -123,7 +123,7 @@ class Delivery(Service):
         self.failures_total += 1
         await self._measure()
         if not isinstance(error, StorageError):
-            self.log.failure("Delivery: an error that is not the store's", Failure(error))  # type: ignore[no-untyped-call]
+            self.log.failure("Delivery: an error that is not the store's", Failure(error))
         if self._failing:
             return
         self._failing = True

@@ -235,7 +235,7 @@ class _Api(Resource):
     isLeaf = True
 
     def __init__(self, server: DemoServer, clock: IReactorTime) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._server = server
         self._clock = clock
 

@@ -133,14 +133,14 @@ class HealthChecks(Service, Generic[B]):
 
     def startService(self) -> None:
         """Ask all for the first time."""
-        super().startService()  # type: ignore[no-untyped-call]
+        super().startService()
         self._loop.start(self._interval_s).addErrback(
             lambda failure: log.failure("the health checks have ended", failure)
         )
 
     def stopService(self) -> None:
         """Ask no more, and give up what is being asked."""
-        super().stopService()  # type: ignore[no-untyped-call]
+        super().stopService()
         if self._loop.running:
             self._loop.stop()
         for probe in self._probes.values():

@@ -305,7 +305,7 @@ class Observer:
         lost = self.sink.dropped
         if lost > self._told:
             text = self._own(f"{lost - self._told} events were not written") + "\n" + text
-        self.sink.write((text + "\n").encode("utf-8", "backslashreplace"))
+        self.sink.write((text + "\n").encode())
         if self.sink.dropped == lost:
             self._told = lost
 
@@ -385,7 +385,5 @@ class LoggingService(MultiService):
     def setServiceParent(self, parent: IServiceCollection) -> None:
         """Called by twistd before it begins to log; see AppLogger.start."""
         if self.log_observer is not None and isinstance(parent, Componentized):
-            parent.setComponent(  # type: ignore[no-untyped-call]
-                ILogObserver, self.log_observer
-            )
-        super().setServiceParent(parent)  # type: ignore[no-untyped-call]
+            parent.setComponent(ILogObserver, self.log_observer)
+        super().setServiceParent(parent)

@@ -36,6 +36,12 @@ _OTHER_CONTENT = re.compile(
 )
 _FINISHED = re.compile(rb'"finish_reason"\s*+:\s*+"')
 _NULL_AT_END = b',"usage":null}'
+# In valid JSON what stands before the very last brace belongs to the outermost object. No braces
+# in strings, so that braces can be paired.
+_FLAT = rb'(?:[^{}"]++|"[^"\\{}]*+")*+'
+_USAGE_AT_END = re.compile(
+    rb'"usage":\{' + _FLAT + rb"(?:\{" + _FLAT + rb"\}" + _FLAT + rb")*+\}(?=\}\Z)"
+)
 
 
 def read_answer(shape: Shape, body: bytes) -> Reading:
@@ -282,6 +288,11 @@ def _without_null(event: Event) -> bytes:
 
 
 def _spliced(event: Event, usage: bytes | None) -> bytes:
+    data = event.data
+    at = data.find(b'"usage"')
+    if data[at - 1] == 0x2C and (match := _USAGE_AT_END.match(data, at)):
+        kept = data[: at - 1] if usage is None else data[: at + len(b'"usage":')] + usage
+        return event.with_data(kept + data[match.end() :])
     try:
         return event.with_data(replace(event.data, {"usage": usage}))
     except InvalidJSON:

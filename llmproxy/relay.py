@@ -30,7 +30,7 @@ class BodyReader(Protocol):
     fault); over.
     """
 
-    transport: IPushProducer  # what twisted.web gives a body's protocol
+    transport: IPushProducer | None  # type: ignore[assignment]  # what a body's protocol gets
 
     def __init__(
         self, sink: Callable[[bytes], None], clock: IReactorTime, silence_s: float
@@ -78,13 +78,13 @@ class BodyReader(Protocol):
 
     def pauseProducing(self) -> None:
         """Hold the backend up."""
-        if not self._over:
+        if not self._over and self.transport is not None:
             self._cancel_timer()
             self.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
         """Go on."""
-        if not self._over:
+        if not self._over and self.transport is not None:
             self._listen()
             self.transport.resumeProducing()
 

@@ -185,7 +185,7 @@ class Mongod:
             self._key_file.chmod(0o400)
         self._hand_over()
         self._process: subprocess.Popen[bytes] | None = None
-        self._clients: list[Client] = []
+        self._client: Client | None = None
         atexit.register(self.stop)
         self.start()
 
@@ -226,18 +226,19 @@ class Mongod:
         where = programme()
         root = os.getuid() == 0
         nobody = pwd.getpwnam("nobody")
-        self._process = subprocess.Popen(
-            [str(where / "mongod"), *self._arguments()],
-            env={"LD_LIBRARY_PATH": str(where), "LC_ALL": "C", "HOME": str(self.directory)},
-            cwd=self.directory,
-            stdin=subprocess.DEVNULL,
-            stdout=(self.directory / "log").open("wb"),
-            stderr=subprocess.STDOUT,
-            user=nobody.pw_uid if root else None,
-            group=nobody.pw_gid if root else None,
-            extra_groups=[] if root else None,
-            preexec_fn=_die_with_parent,  # no thread of ours runs yet that could hold a lock
-        )
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(where / "mongod"), *self._arguments()],
+                env={"LD_LIBRARY_PATH": str(where), "LC_ALL": "C", "HOME": str(self.directory)},
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                user=nobody.pw_uid if root else None,
+                group=nobody.pw_gid if root else None,
+                extra_groups=[] if root else None,
+                preexec_fn=_die_with_parent,  # allocates nothing, so other threads don't matter
+            )
         wait_until(self._listens)
 
     def _listens(self) -> bool:
@@ -248,20 +249,28 @@ class Mongod:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def client(self, user: str | None = ADMIN, password: str = ADMIN_PASSWORD) -> Client:
-        """A synchronous client of this very server; it is closed with the server."""
-        options: Document = {"directConnection": True, "serverSelectionTimeoutMS": 10_000}
-        if user is not None:
-            options.update(username=user, password=password, authSource="admin")
+    def client(self) -> Client:
+        """The administrator's synchronous client of this very server."""
+        if self._client is None:
+            who = {"username": ADMIN, "password": ADMIN_PASSWORD, "authSource": "admin"}
+            self._client = self.connect(**who)
+        return self._client
+
+    def connect(self, **options: Any) -> Client:
+        """A new synchronous client of this very server; the caller closes it."""
         if self.tls:
             options.update(tls=True, tlsCAFile=str(self.tls.ca))
-        client: Client = pymongo.MongoClient("127.0.0.1", self.port, **options)
-        self._clients.append(client)
-        return client
+        return pymongo.MongoClient(
+            "127.0.0.1",
+            self.port,
+            directConnection=True,
+            serverSelectionTimeoutMS=10_000,
+            **options,
+        )
 
     def create_admin(self) -> None:
         """Make the first user, by the exception that is open to loopback until there is one."""
-        with contextlib.closing(self.client(user=None)) as client:
+        with contextlib.closing(self.connect()) as client:
             client.admin.command("createUser", ADMIN, pwd=ADMIN_PASSWORD, roles=["root"])
 
     def fail_command(self, times: int | str, **data: Any) -> None:
@@ -298,9 +307,8 @@ class Mongod:
 
     def stop(self) -> None:
         """End the process and remove its files; safe to call twice."""
-        for client in self._clients:
-            client.close()
-        self._clients.clear()
+        if self._client is not None:
+            self._client.close()
         if self._process is not None and self._process.poll() is None:
             self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -317,7 +325,7 @@ class ReplicaSet:
         hosts = [{"_id": i, "host": member.address} for i, member in enumerate(self.members)]
         # Elections are quick on loopback: the tests should not wait for a timeout made for a WAN.
         settings = {"electionTimeoutMillis": 2000, "heartbeatIntervalMillis": 500}
-        with contextlib.closing(self.members[0].client(user=None)) as first:
+        with contextlib.closing(self.members[0].connect()) as first:
             config = {"_id": self.name, "members": hosts, "settings": settings}
             first.admin.command("replSetInitiate", config)
             wait_until(lambda: bool(first.admin.command("hello")["isWritablePrimary"]))
@@ -353,7 +361,7 @@ class ReplicaSet:
 
     @staticmethod
     def _is_primary(member: Mongod) -> bool:
-        with contextlib.closing(member.client(user=None)) as client:
+        with contextlib.closing(member.connect()) as client:
             try:
                 return bool(client.admin.command("hello")["isWritablePrimary"])
             except pymongo.errors.PyMongoError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sqlite3
 import subprocess
@@ -261,8 +262,9 @@ def test_help_and_version_end_with_0(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_reader_who_leaves_early_gets_no_traceback(tool: Tool) -> None:
     command = [sys.executable, "-m", "llmproxy.ctl", "-c", str(tool.path), "user", "list"]
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered
     )
     assert process.stdout is not None
     assert process.stderr is not None

@@ -96,7 +96,9 @@ def test_fields_of_an_event_can_not_take_the_place_of_ours():
     assert fields["message"] == "hello"
 
 
-FORGED = "x\r\n2026-11-23T15:00:00.123Z INFO llmproxy  forged\x1b[2J\x9b1m\x85\u2028\u2029\x0b\0"
+FORGED = (
+    "x\r\n2026-11-23T15:00:00.123Z INFO llmproxy  forged\x1b[2J\x9b1m\x85\u2028\u2029\x0b\x7f\0"
+)
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -116,11 +118,13 @@ def test_a_lone_surrogate_in_a_message_is_written(log_format):
 
 
 def test_a_traceback_follows_its_line_indented():
-    failure = failure_of(ValueError("bad\r\n2026 INFO forged"))
-    first, *rest = written(event("it broke", LogLevel.critical, log_failure=failure)).splitlines()
+    failure = failure_of(ValueError("bad\x1b\n2026 INFO forged"))
+    line = written(event("it broke", LogLevel.critical, log_failure=failure))
+    first, *rest = line[:-1].split("\n")
     assert first == "2026-11-23T15:00:00.123Z CRITICAL llmproxy.exchange  it broke"
     assert "Traceback (most recent call last):" in rest[0]
-    assert all(line.startswith("    ") for line in rest)
+    assert all(line.startswith("    ") and line.isprintable() for line in rest)
+    assert r"    2026 INFO forged" in rest
 
 
 def test_a_traceback_is_a_field_in_json():

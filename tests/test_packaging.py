@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +14,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -164,6 +167,28 @@ def test_the_packages_are_those_of_the_tree():
     folders = {path.parent for path in (ROOT / "llmproxy").rglob("*.py")}
     found = {str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders}
     assert set(listed) == found | {"twisted.plugins"}
+
+
+def test_every_package_that_is_imported_is_a_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {re.match(r"[\w.-]+", text)[0] for text in project["dependencies"]}  # type: ignore[index]
+    dependencies = {_normal(name) for name in named}
+    owners = importlib.metadata.packages_distributions()
+    for path in (ROOT / "llmproxy").rglob("*.py"):
+        for top in set(_imported(path)) - sys.stdlib_module_names - {"llmproxy"}:
+            assert {_normal(owner) for owner in owners[top]} & dependencies, f"{path.name}: {top}"
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
 
 
 def test_a_wrong_option_ends_with_status_1(scripts: Path, tmp_path: Path):

@@ -128,9 +128,12 @@ def test_a_report_too_deep_to_write_down_is_absurd_all_the_same():
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(
-        st.sampled_from(["usage", "meta", "prompt_tokens", "input_tokens", "billed_units"]), inner
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["usage", "meta", "prompt_tokens", "input_tokens", "billed_units"]),
+            inner,
+        )
     ),
     max_leaves=6,
 )

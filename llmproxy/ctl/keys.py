@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import sys
 import uuid
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from llmproxy.config import Config
@@ -83,9 +83,10 @@ def _on_sqlite(command: Any) -> Any:
 
 
 def _stored(expires: datetime | str | None) -> str | None:
+    """A time in UTC as text; None for a key that never ends."""
     if not isinstance(expires, datetime):
         return None
-    return expires.astimezone(UTC).isoformat(timespec="seconds")
+    return expires.isoformat(timespec="seconds")
 
 
 def _create(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:

@@ -14,7 +14,7 @@ from llmproxy.model import Account, Counts, Entry, Event, Settlement
 class IAccounts(Interface):
     """Where keys are looked up."""
 
-    def find(secret_hash: str, now: datetime) -> Deferred[Account | None]:  # type: ignore[misc]
+    def find(secret_hash: str, now: datetime) -> Deferred[Account | None]:
         """The account of the key with this hash (64 hex digits) that is valid at `now`.
 
         None: there is no such key. Fails with `StorageError` when that can't be known.
@@ -24,16 +24,16 @@ class IAccounts(Interface):
 class ILedger(Interface):
     """One row per request that is sent to a backend."""
 
-    def open(entry: Entry) -> Deferred[None]:  # type: ignore[misc]
+    def open(entry: Entry) -> Deferred[None]:
         """Write the row, durably. Fails with `StorageError` when that could not be made sure.
 
         A row whose opening failed is closed with no charge as soon as the store allows it.
         """
 
-    def checkpoint(running: Mapping[str, Counts]) -> Deferred[None]:  # type: ignore[misc]
+    def checkpoint(running: Mapping[str, Counts]) -> Deferred[None]:
         """Write the running counts of open rows, by request id: what a crash leaves behind."""
 
-    def settle(entry: Entry, settlement: Settlement) -> Deferred[None]:  # type: ignore[misc]
+    def settle(entry: Entry, settlement: Settlement) -> Deferred[None]:
         """Close the row and put its events on the bill, durably, in one transaction.
 
         Never fails: it is retried until it is there. Settling again changes nothing.
@@ -43,7 +43,7 @@ class ILedger(Interface):
 class IEventSink(Interface):
     """Where the events of closed rows are delivered, when that is not the ledger's own store."""
 
-    def deliver(events: Sequence[Event]) -> Deferred[None]:  # type: ignore[misc]
+    def deliver(events: Sequence[Event]) -> Deferred[None]:
         """Store all `events`; one that is there already is success.
 
         Fails with `StorageError` when it is not sure that all are stored; the caller repeats.
@@ -53,17 +53,17 @@ class IEventSink(Interface):
 class IOutbox(Interface):
     """The closed rows whose events still have to reach the sink; kept by the local journal."""
 
-    def undelivered(limit: int) -> Deferred[Sequence[Event]]:  # type: ignore[misc]
+    def undelivered(limit: int) -> Deferred[Sequence[Event]]:
         """The events of the first `limit` rows that are settled or estimated and not delivered.
 
         Rows that finished first come first, and all events of a row come together. Rows that put
         nothing on the bill never show up and take none of the `limit`. Fails with `StorageError`.
         """
 
-    def mark_delivered(rids: Sequence[str]) -> Deferred[None]:  # type: ignore[misc]
+    def mark_delivered(rids: Sequence[str]) -> Deferred[None]:
         """Note, durably, that the events of these rows are stored. Fails with `StorageError`."""
 
-    def backlog() -> Deferred[tuple[int, float]]:  # type: ignore[misc]
+    def backlog() -> Deferred[tuple[int, float]]:
         """How many rows wait, and how many seconds ago the oldest one finished (0.0: none waits).
 
         Fails with `StorageError`.

@@ -447,7 +447,7 @@ class MongoPool:
         name, port = host
         endpoint: IStreamClientEndpoint
         if port is None:
-            endpoint = UNIXClientEndpoint(self._reactor, name, CONNECT_TIMEOUT_S)  # type: ignore[no-untyped-call]
+            endpoint = UNIXClientEndpoint(self._reactor, name, CONNECT_TIMEOUT_S)
             return endpoint
         endpoint = HostnameEndpoint(self._reactor, name, port, timeout=CONNECT_TIMEOUT_S)
         if self._tls is not None:

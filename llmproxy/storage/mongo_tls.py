@@ -95,12 +95,12 @@ def _certificates_of(path: str, data: bytes) -> list[x509.Certificate]:
 
 def _trust_root(path: str | None) -> Any:
     if path is None:
-        return platformTrust()  # type: ignore[no-untyped-call]
+        return platformTrust()
     certificates = [
-        Certificate(X509.from_cryptography(certificate))  # type: ignore[no-untyped-call]
+        Certificate(X509.from_cryptography(certificate))
         for certificate in _certificates_of(path, _read(path))
     ]
-    return trustRootFromCertificates(certificates)  # type: ignore[no-untyped-call]
+    return trustRootFromCertificates(certificates)
 
 
 def _key_file(path: str, password: str | None) -> tuple[PKey, list[x509.Certificate]]:

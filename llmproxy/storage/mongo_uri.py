@@ -188,7 +188,7 @@ def system_resolver(reactor: IReactorTime, path: str = "/etc/resolv.conf") -> Re
     names = [word[1] for word in words if len(word) > 1 and word[0] == "nameserver"]
     servers = [(name, dns.PORT) for name in names if ":" not in name] or [("127.0.0.1", dns.PORT)]
     # Given a file, the library's resolver would look at it again for ever.
-    resolver: Resolver = NamesResolver(servers=servers, timeout=(1, 2), reactor=reactor)  # type: ignore[no-untyped-call]
+    resolver: Resolver = NamesResolver(servers=servers, timeout=(1, 2), reactor=reactor)
     return resolver
 
 
