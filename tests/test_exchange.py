@@ -39,6 +39,7 @@ def delta(text: str) -> dict[str, Any]:
 
 TEXT = [delta("Hel"), delta("lo")]
 STREAM: list[Any] = [*TEXT, {"choices": [], "usage": USAGE}, DONE]
+SHOWN = b"".join([*(sse_event(each) for each in TEXT), DONE])
 ASK_STREAM = {**ASK, "stream": True}
 
 
@@ -67,7 +68,7 @@ async def test_a_stream_is_passed_on_without_the_usage_that_was_not_asked_for(
         async with proxy_for(tmp_path, backend) as proxy:
             answer = await proxy.post(CHAT, ASK_STREAM)
             assert answer.whole
-            assert answer.body == b"".join(map(sse_event, [*TEXT, DONE]))
+            assert answer.body == SHOWN
             assert backend.requests[0].json()["stream_options"] == {"include_usage": True}
             assert proxy.rows() == [("settled", "complete", 3, 2)]
 
@@ -307,7 +308,7 @@ async def test_keep_alive_comments_go_out_before_the_first_token_only(tmp_path: 
             await client.when(lambda received: Answer(received).whole)
             body = client.answer().body
             assert body.lstrip(b": keep-alive\n\n").startswith(b"data: ")
-            assert body.replace(b": keep-alive\n\n", b"") == b"".join(map(sse_event, [*TEXT, DONE]))
+            assert body.replace(b": keep-alive\n\n", b"") == SHOWN
             await client.close()
 
 
@@ -488,9 +489,10 @@ async def test_pipelined_requests_are_answered_in_order_and_billed_each(tmp_path
 
 @pytest_twisted.ensureDeferred
 async def test_a_preflight_is_answered_for_browsers(tmp_path: Path) -> None:
-    async with ScriptedBackend() as backend, proxy_for(
-        tmp_path, backend, settings={"http_origin": "https://app.example"}
-    ) as proxy:
+    async with (
+        ScriptedBackend() as backend,
+        proxy_for(tmp_path, backend, settings={"http_origin": "https://app.example"}) as proxy,
+    ):
         answer = await proxy.send(request_bytes("OPTIONS", CHAT, key=None))
         assert answer.status == 204
         assert answer.fields["access-control-allow-origin"] == "https://app.example"
