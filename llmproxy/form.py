@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IConsumer
+from twisted.python.failure import Failure
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
@@ -35,7 +36,9 @@ class Form:
         self._size = 0
         self._ready = b""
         self._gate: Deferred[None] | None = None
+        self._sent: Deferred[None] = Deferred()
         self._pump: Deferred[None] | None = None
+        self._stopped = False
 
     @property
     def response_format(self) -> str | None:
@@ -59,11 +62,13 @@ class Form:
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         """See `IBodyProducer.startProducing`."""
         self._pump = Deferred.fromCoroutine(self._run(consumer))
-        return self._pump
+        self._pump.addCallbacks(self._sent.callback, self._broke)
+        return self._sent
 
     async def _run(self, consumer: IConsumer) -> None:
-        consumer.write(self._ready)
-        self._ready = b""
+        if self._ready:  # an empty chunk would be the end of the body
+            consumer.write(self._ready)
+            self._ready = b""
         while (data := await self._next()) is not None:
             part = self._rewriter.feed(data)
             if part:
@@ -80,6 +85,10 @@ class Form:
             raise too_large(self._max_size)
         return data
 
+    def _broke(self, failure: Failure) -> None:
+        if not self._stopped:  # a stopped producer says nothing any more
+            self._sent.errback(failure)
+
     def pauseProducing(self) -> None:
         """The backend is slower than the client."""
         if self._gate is None:
@@ -93,6 +102,6 @@ class Form:
 
     def stopProducing(self) -> None:
         """The backend takes no more."""
-        if self._pump is not None and not self._pump.called:
-            self._pump.addErrback(lambda failure: None)
+        self._stopped = True
+        if self._pump is not None:
             self._pump.cancel()

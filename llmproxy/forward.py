@@ -308,6 +308,7 @@ class Forward:
             timer.cancel()
 
     def _over(self) -> None:
+        self._order.body.stopProducing()  # the answer may have come before all was sent
         self._down.when_gone(lambda: None)
         for name in list(self._timers):
             self._cancel(name)

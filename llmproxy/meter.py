@@ -36,9 +36,8 @@ _OTHER_CONTENT = re.compile(
 )
 _FINISHED = re.compile(rb'"finish_reason"\s*+:\s*+"')
 _NULL_AT_END = b',"usage":null}'
-# In valid JSON what stands before the very last brace belongs to the outermost object. No braces
-# in strings, so that braces can be paired.
-_FLAT = rb'(?:[^{}"]++|"[^"\\{}]*+")*+'
+# In valid JSON what stands before the very last brace belongs to the outermost object.
+_FLAT = rb'(?:[^{}"]++|"[^"\\]*+")*+'
 _USAGE_AT_END = re.compile(
     rb'"usage":\{' + _FLAT + rb"(?:\{" + _FLAT + rb"\}" + _FLAT + rb")*+\}(?=\}\Z)"
 )

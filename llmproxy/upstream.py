@@ -53,6 +53,9 @@ class RequestBody(Protocol):
 
     on_sent: Callable[[], None]
 
+    def stopProducing(self) -> None:
+        """Send no more."""
+
 
 @implementer(IBodyProducer)
 class BytesBody:

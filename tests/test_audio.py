@@ -97,6 +97,7 @@ OURS = [("model", b"Systran/whisper"), ("response_format", b"verbose_json")]
                 ("file", FILE),
             ],
         ),
+        ([MODEL, *[field("x", b"y")] * 98, upload()], [*[("x", b"y")] * 98, ("file", FILE)]),
         ([field("temperature", b""), MODEL, upload()], [("temperature", b""), ("file", FILE)]),
     ],
 )
@@ -178,7 +179,7 @@ LINE = b"--" + BOUNDARY + b"\r\n"
         form(MODEL, field("stream", b"dHJ1ZQ=="), upload()),
         form(MODEL, field("response_format", b"diarized_json"), upload()),
         form(MODEL, field("prompt", b"x" * 4097), upload()),
-        form(MODEL, *[field("x", b"")] * 100, upload()),
+        form(MODEL, *[field("x", b"")] * 99, upload()),
         form(MODEL, b"X: " + b"x" * 9000 + b"\r\n" + upload()),
         form(MODEL, b"\r\n" + FILE, upload()),
         form(MODEL, b"Content-Type: text/plain\r\n\r\nx", upload()),
@@ -198,6 +199,10 @@ LINE = b"--" + BOUNDARY + b"\r\n"
         form(MODEL, upload(b"a\n" + LINE + b"b")),
         form(MODEL, upload(b"a\r" + LINE + b"b")),
         form(MODEL, upload(LINE + b"b")),
+        form(MODEL, upload(LINE + field("x", b"y"))),
+        form(
+            MODEL, b'Content-Disposition: form-data; name="x"; filename="a\\"b"\r\n\r\ny', upload()
+        ),
         form(MODEL, upload(b"a\r\n--" + BOUNDARY + b"x\r\n")),
         form(MODEL, upload(b"a\r\n--" + BOUNDARY + b"\nb")),
         form(MODEL, upload(b"a\r\n--" + BOUNDARY + b"- \r\nb")),

@@ -190,6 +190,8 @@ def test_usage_that_a_server_sends_unasked_in_a_chunk_with_choices_is_left_there
         (b'{"choices":[],"usage":null,"x":1.50}', b'{"choices":[],"x":1.50}'),
         (b'{"choices":[],"usage" :null}', b'{"choices":[]}'),
         (b'{"choices":[{"text":"\\"usage\\":null}"}]}', None),
+        (b'{"choices":[],"usage":{},"usage":null}', b'{"choices":[]}'),
+        (b'{"choices":[{"usage":{}}],"usage":null}', b'{"choices":[{"usage":{}}]}'),
         (b'{"choices":[{"usage":null}]}', None),
         (b'{"choices":[],"x":{"usage":null}}', None),
         (b'{"choices":[],"usage":null', None),
@@ -239,6 +241,13 @@ VALID, RUNNING = final(5, 7), chunk("x", usage=usage(5, 3))
     ("events", "options", "expected"),
     [
         ([chunk("a"), VALID, DONE], {}, Reading({P: 5, C: 7}, True, None, True)),
+        ([chunk("a")] * 9 + [VALID], {}, Reading({P: 5, C: 7}, True, None, True)),
+        ([RUNNING, VALID, chunk("a")], {}, Reading({P: 5, C: 7}, True, None, True)),
+        (
+            [RUNNING, chunk("x", usage=usage(5, 1)), chunk("x", index=1, usage=usage(5, 4))],
+            {"continuous": True},
+            Reading({P: 5, C: 7}, False, None, True),
+        ),
         ([VALID, chunk("a"), DONE], {}, Reading({P: 5, C: 7}, True, None, True)),
         ([chunk("a"), DONE, VALID], {}, Reading({P: 5, C: 7}, True, None, True)),
         ([VALID, final(5, 9)], {}, Reading({P: 5, C: 9}, True, None, True)),

@@ -33,6 +33,7 @@ def one_by_one(stream: bytes, max_event: int = 1 << 20) -> list[Event]:
         (b"data: a\n\n", [(b"", b"a")]),
         (b"data:a\n\ndata:  b\n\n", [(b"", b"a"), (b"", b" b")]),
         (b"event: x\ndata: a\n\n", [(b"x", b"a")]),
+        (b"event:  x \ndata:  a \n\n", [(b" x ", b" a ")]),
         (b"data: a\nevent: x\nid: 7\nretry: 10\n\n", [(b"x", b"a")]),
         (b"data: a\ndata: b\n\n", [(b"", b"a\nb")]),
         (b"data\n\n", [(b"", b"")]),

@@ -103,6 +103,11 @@ def test_a_report_without_its_counts_is_absurd(usage):
     assert read_usage(Shape.CHAT, {"usage": usage}).raw == orjson.dumps(usage).decode()
 
 
+@pytest.mark.parametrize("usage", [{"input_tokens": 1}, {"output_tokens": 1}, {}])
+def test_a_messages_report_without_its_counts_is_absurd(usage):
+    assert read_usage(Shape.MESSAGES, {"usage": usage}).raw == orjson.dumps(usage).decode()
+
+
 def test_a_sum_over_the_largest_count_is_absurd():
     usage = {"input_tokens": MAX_COUNT, "cache_read_input_tokens": 1, "output_tokens": 1}
     report = read_usage(Shape.MESSAGES, {"usage": usage})
