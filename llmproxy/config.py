@@ -240,6 +240,7 @@ class Backend:
     usage: Annotated[str, _one_of("final", "continuous")] = "final"
     on_disconnect: Annotated[str, _one_of("drain", "cancel")] = "drain"
     drain_timeout: Annotated[float, TIMEOUT] = 300.0
+    drain_max_tokens: Annotated[int, SIZE] = 32_768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -237,8 +237,17 @@ class Exchange:
         if self._down.started:
             self._down.write(dialects.error_event(self._endpoint.dialect, error))
             self._down.abort()
-        else:
-            self._down.answer(*dialects.error_answer(self._endpoint.dialect, error))
+            return
+        if self._forward is None:  # else its row and its line tell more
+            log.info(
+                "refused {rid} path={path} status={status} code={code} ms={duration_ms}",
+                rid=self._request.rid,
+                path=self._endpoint.path,
+                status=error.status,
+                code=error.code,
+                duration_ms=_ms(self._services.monotonic() - self._began),
+            )
+        self._down.answer(*dialects.error_answer(self._endpoint.dialect, error))
 
     # -- what is measured ------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ whole of a JSON answer, is kept in the `Ending`, to be released when the bill is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -108,6 +109,7 @@ class Forward:
         self._sent = False
         self._timed_out = False
         self._too_much = False
+        self._drain_until: float = math.inf
         self._timers: dict[str, IDelayedCall] = {}
         self._parts: list[bytes] = []
         self._size = 0
@@ -115,9 +117,9 @@ class Forward:
     async def run(self) -> Ending:
         """Do it all."""
         try:
-            self._down.when_gone(self._client_left)
-            if self._stopped:
+            if self._stopped or self._down.gone:
                 return Ending(Outcome.CLIENT_GONE, NOTHING, _STOPPING)
+            self._down.when_gone(self._client_left)
             return await self._answered(await self._send())
         except (ProxyError, ClientGone) as error:
             return self._failed(error)
@@ -145,6 +147,8 @@ class Forward:
             self.stop()
         else:
             self._later("drain", backend.drain_timeout, self.stop)
+            if self._order.meter is not None:
+                self._drain_until = self._order.meter.content_events + backend.drain_max_tokens
             if self._reader is not None:
                 self._reader.resumeProducing()
 
@@ -257,6 +261,8 @@ class Forward:
             self._on_chunk(meter)
             if meter.ended and self._reader is not None:
                 self._reader.finish_within(END_GRACE_S)
+            elif meter.content_events > self._drain_until:
+                self.stop()
 
         return pass_on
 

@@ -168,7 +168,9 @@ class Proxy(logs.LoggingService):
         self.started.addErrback(lambda failure: None)
 
     async def _start(self) -> None:
-        await self.stores.open(lambda seconds, operations: self.metrics.ledger_commit(seconds))
+        recovered = await self.stores.open(lambda seconds, _: self.metrics.ledger_commit(seconds))
+        for state, count in recovered.items():
+            self.metrics.ledger_rows(state, count)
         ledger = self.stores.ledger
         self.metrics.ledger_pending.follow(lambda: ledger.writer.pending)
         if (delivery := self.stores.delivery) is not None:
@@ -268,6 +270,8 @@ class Proxy(logs.LoggingService):
         """Read the configuration again and swap the backends; a bad file changes nothing."""
         try:
             fresh = self._load()
+            if self.config.backends and not fresh.backends:
+                raise ConfigError("backends: none are left; a file that is cut short looks so")
         except ConfigError as error:
             log.error("not reloaded: {reason}", reason="; ".join(str(error).splitlines()))
             return

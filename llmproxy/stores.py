@@ -6,18 +6,18 @@ SQLite journal, from which a delivery moves the bills.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from twisted.enterprise.adbapi import ConnectionPool
-from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as DeferTimeoutError
 from twisted.logger import Logger
 
 from llmproxy.config import Config
 from llmproxy.delivery import Delivery
 from llmproxy.errors import StorageError
+from llmproxy.model import State
 from llmproxy.storage import IAccounts, mongo
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
@@ -44,8 +44,8 @@ class Stores:
         self._mongo: mongo.MongoStore | None = None
         self.delivery: Delivery | None = None
 
-    async def open(self, on_commit: Callable[[float, int], None]) -> None:
-        """Make what is missing, and close what a dead process left open.
+    async def open(self, on_commit: Callable[[float, int], None]) -> Mapping[State, int]:
+        """Make what is missing, and close what dead processes left open: so many, by state.
 
         Raises ConfigError, StorageError.
         """
@@ -65,12 +65,14 @@ class Stores:
             await self._open_mongo()
         else:
             self.accounts = SQLiteAccounts(self._pool())
-        for state, count in (await self.ledger.recover()).items():
+        recovered = await self.ledger.recover()
+        for state, count in recovered.items():
             self.log.warn(
                 "ledger: {count} rows of an ended process are now {state}",
                 count=count,
                 state=str(state),
             )
+        return recovered
 
     async def _open_mongo(self) -> None:
         self._mongo = mongo.connect(self._config.db.uri, self._reactor)
@@ -103,8 +105,3 @@ class Stores:
         for pool in self._pools:
             pool.close()
         self._owners.leave()
-
-
-def close_soon(closing: Deferred[None]) -> None:
-    """For an opening that failed: close what was opened, and say what goes wrong."""
-    closing.addErrback(lambda failure: Stores.log.failure("closing the stores", failure))

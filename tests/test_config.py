@@ -77,6 +77,7 @@ def test_every_setting_is_read() -> None:
     usage = "continuous"
     on_disconnect = "cancel"
     drain_timeout = 8
+    drain_max_tokens = 10
     """
     assert parse(text) == Config(
         log_level="DEBUG",
@@ -109,6 +110,7 @@ def test_every_setting_is_read() -> None:
                 usage="continuous",
                 on_disconnect="cancel",
                 drain_timeout=8.0,
+                drain_max_tokens=10,
             )
         },
     )

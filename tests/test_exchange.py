@@ -281,6 +281,25 @@ async def test_a_client_that_leaves_closes_the_backend_when_so_configured(
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_drained_stream_is_stopped_at_its_cap(tmp_path: Path) -> None:
+    begun = head(200, CHUNKED) + chunk(sse_event(TEXT[0]))
+    left: Deferred[None] = Deferred()
+    more = b"".join(chunk(sse_event(delta("x"))) for _ in range(10))
+    async with ScriptedBackend([begun, Wait(left), more, Stall()]) as backend:
+        async with proxy_for(tmp_path, backend, drain_max_tokens=4) as proxy:
+            client = await proxy.open()
+            client.send(request_bytes("POST", CHAT, orjson.dumps(ASK_STREAM)))
+            await client.when(lambda received: b"Hel" in received)
+            client.abort()
+            await client.closed
+            await proxy.get("/v1/models")
+            left.callback(None)
+            [(state, outcome, prompt, completion)] = await proxy.settled()
+            assert (state, outcome, prompt) == ("estimated", "client_gone", None)
+            assert 5 < completion <= 11
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_client_that_leaves_before_the_answer_is_drained_too(tmp_path: Path) -> None:
     left: Deferred[None] = Deferred()
     async with ScriptedBackend([Wait(left), json_answer(200, COMPLETION)]) as backend:
