@@ -322,11 +322,10 @@ def read_audio(body: bytes) -> Reading:
 
     From `duration` (a number, or vLLM's numeric string), else `usage.seconds`.
     """
-    answered = bool(body)
     try:
         answer = parse_object(body)
     except InvalidJSON:
-        return Reading(answered=answered)
+        return Reading()
     usage = answer.get("usage")
     value = answer.get("duration")
     if value is None and isinstance(usage, dict):
@@ -334,8 +333,8 @@ def read_audio(body: bytes) -> Reading:
     seconds = _whole_seconds(value)
     if seconds is None:
         report = usage if value is None else value
-        return Reading(raw=None if report is None else raw_text(report), answered=answered)
-    return Reading({Kind.TRANSCRIPTION: seconds}, exact=True, answered=answered)
+        return Reading(raw=None if report is None else raw_text(report), answered=True)
+    return Reading({Kind.TRANSCRIPTION: seconds}, exact=True, answered=True)
 
 
 def _whole_seconds(value: object) -> int | None:

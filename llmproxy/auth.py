@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import TimeoutError as TwistedTimeoutError
+from twisted.internet.defer import TimeoutError as DeferTimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -83,7 +83,7 @@ class Authenticator:
         self._missing = _Cache()
         self._asking: dict[str, list[Deferred[_Known | Unavailable]]] = {}
         self._down_since: float | None = None
-        self._retry_at = 0.0
+        self._failed_at = 0.0
 
     @property
     def store_is_up(self) -> bool:
@@ -103,9 +103,13 @@ class Authenticator:
 
     def _fresh(self, secret_hash: str) -> _Known | None:
         known = self._found.get(secret_hash) or self._missing.get(secret_hash)
-        if known and self._clock.seconds() - known.asked_at < self._fresh_s:
+        if known and self._is_within(self._fresh_s, known.asked_at):
             return known
         return None
+
+    def _is_within(self, seconds: float, since: float) -> bool:
+        """False too if the system's clock was set back: then nobody knows how long it has been."""
+        return 0 <= self._clock.seconds() - since < seconds
 
     async def _ask(self, secret_hash: str) -> _Known | Unavailable:
         """Look the key up, or share the look-up that runs for it."""
@@ -113,7 +117,7 @@ class Authenticator:
             turn: Deferred[_Known | Unavailable] = Deferred()
             self._asking[secret_hash].append(turn)
             return await turn
-        if not self.store_is_up and self._clock.seconds() < self._retry_at:
+        if not self.store_is_up and self._is_within(self._fresh_s, self._failed_at):
             return self._stale(secret_hash)
         self._asking[secret_hash] = []
         known = await self._look_up(secret_hash)
@@ -126,7 +130,7 @@ class Authenticator:
         try:
             found = self._accounts.find(secret_hash, utcnow())
             account = await found.addTimeout(LOOKUP_TIMEOUT_S, self._clock)
-        except (StorageError, TwistedTimeoutError) as error:
+        except (StorageError, DeferTimeoutError) as error:
             self._went_down(error)
             return self._stale(secret_hash)
         except Exception as error:  # a fault of ours must not let anybody in, nor hang the waiters
@@ -142,15 +146,14 @@ class Authenticator:
     def _stale(self, secret_hash: str) -> _Known | Unavailable:
         """What the cache still allows while the store is down."""
         known = self._found.get(secret_hash)
-        if known and self._clock.seconds() - known.asked_at < self._stale_max_s:
+        if known and self._is_within(self._stale_max_s, known.asked_at):
             return known
         return Unavailable("API keys can't be checked right now; try again shortly.")
 
     def _went_down(self, error: Exception) -> None:
-        now = self._clock.seconds()
-        self._retry_at = now + self._fresh_s
+        self._failed_at = self._clock.seconds()
         if self._down_since is None:
-            self._down_since = now
+            self._down_since = self._failed_at
             self.log.error("keys: the store does not answer: {error}", error=error)
 
     def _came_up(self) -> None:

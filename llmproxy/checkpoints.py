@@ -11,6 +11,7 @@ from twisted.application.service import Service
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from llmproxy.model import Counts
 from llmproxy.storage import ILedger
@@ -65,5 +66,7 @@ class Checkpoints(Service):
             self._writing = True
             self._ledger.checkpoint(changed).addBoth(self._done)
 
-    def _done(self, _: object) -> None:
+    def _done(self, result: object) -> None:
         self._writing = False
+        if isinstance(result, Failure):
+            self._written.clear()  # nobody knows what is there

@@ -53,7 +53,7 @@ class Downstream:
     def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
         """Send the header of an answer whose length is not known."""
         self.started = True
-        if self.gone:
+        if self.gone or self._over:
             return
         self._request.setResponseCode(status)
         for name, value in fields:
@@ -62,12 +62,12 @@ class Downstream:
 
     def write(self, data: bytes) -> None:
         """Send a part of the body."""
-        if data and not self.gone:
+        if data and not self.gone and not self._over:
             self._request.write(data)
 
     def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer."""
-        if self.gone:
+        if self.gone or self._over:
             return
         self._request.setHeader(b"Content-Length", b"%d" % len(body))
         self.start(status, fields)
@@ -95,8 +95,8 @@ class Downstream:
 
     def attach(self, producer: Producer) -> None:
         """Let the client's speed govern `producer`."""
-        self._producer = producer
-        if not self.gone:
+        if not self.gone and not self._over:
+            self._producer = producer
             self._request.registerProducer(self, True)
 
     def detach(self) -> None:

@@ -141,6 +141,7 @@ class Exchange:
                 show_usage=request.show_usage,
                 continuous=continuous,
                 show_continuous=request.show_continuous,
+                several=request.several,
             )
         return Order(
             route=route,

@@ -224,13 +224,16 @@ class Forward:
         if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
             return self._cut_short(end, Reading())
         body = b"".join(self._parts)
+        reading = self._order.read(body)
+        if end is BodyEnd.UNFRAMED and not reading.answered:  # closed in the middle
+            return self._ending(Outcome.TRUNCATED, reading, _BROKEN)
         answer = Answer(200, body, headers.for_client(response.headers))
-        try:
-            reading = self._order.read(body)
-            if self._order.convert is not None:
+        if self._order.convert is not None:
+            try:
                 answer = self._order.convert(body)
-        except ValueError:
-            return self._ending(Outcome.TRUNCATED, Reading(), _BROKEN)
+            except BackendError as error:  # the work was done, and gave nothing: not ours to judge
+                unclear = replace(reading, exact=False, raw=reading.raw or "")
+                return self._ending(Outcome.BACKEND_FAILED, unclear, error)
         outcome = Outcome.CLIENT_GONE if self._down.gone else Outcome.COMPLETE
         return self._ending(outcome, reading, answer)
 
@@ -257,7 +260,11 @@ class Forward:
 
     def _passing_on(self, meter: StreamMeter) -> Callable[[bytes], None]:
         def pass_on(data: bytes) -> None:
-            self._down.write(meter.feed(data))
+            passed = meter.feed(data)
+            if meter.oversized and self._reader is not None:
+                self._reader.stop(BodyEnd.BROKEN)  # it could be the end, and that can't go unread
+                return
+            self._down.write(passed)
             self._on_chunk(meter)
             if meter.ended and self._reader is not None:
                 self._reader.finish_within(END_GRACE_S)

@@ -44,18 +44,18 @@ _USAGE_AT_END = re.compile(
 
 
 def read_answer(shape: Shape, body: bytes) -> Reading:
-    """The reading of a whole JSON answer."""
+    """The reading of a whole JSON answer; not `answered` when it is no JSON object."""
     if shape is Shape.AUDIO:
         return read_audio(body)
-    answered = bool(body)
-    if shape is Shape.FREE:
-        return Reading(exact=True, answered=answered)
     try:
-        report = read_usage(shape, parse_object(body))
+        answer = parse_object(body)
     except InvalidJSON:
-        return Reading(raw=raw_fragment(body), answered=answered)
+        return Reading(raw=raw_fragment(body), exact=shape is Shape.FREE)
+    if shape is Shape.FREE:
+        return Reading(exact=True, answered=True)
+    report = read_usage(shape, answer)
     exact = report.raw is None and bool(report.counts)
-    return Reading(report.counts, exact, report.raw, answered)
+    return Reading(report.counts, exact, report.raw, answered=True)
 
 
 class StreamMeter:

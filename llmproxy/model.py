@@ -59,7 +59,7 @@ class Reading:
 
     `counts`: the best numbers known, possibly partial. `exact`: they are the backend's own and
     final. `raw`: the text of a usage report that could not be used (at most 2 KiB), None if
-    there was none. `answered`: at least one byte of a result was seen.
+    there was none. `answered`: something of a result was seen.
     """
 
     counts: Counts = field(default_factory=dict)

@@ -154,9 +154,10 @@ class Request(server.Request):
         """The client is gone, or was cut off."""
         if hasattr(self, "upload"):  # else the header was not complete
             self._stop_lingering()
-            self.upload.lost()
             self._account()
         super().connectionLost(reason)
+        if hasattr(self, "upload"):
+            self.upload.lost()  # who waits for it must find the client gone already
 
     def _account(self) -> None:
         if not self._served:
@@ -211,9 +212,10 @@ class Channel(HTTPChannel):
         """What can't be parsed is answered too, in the most common dialect."""
         error = BadRequest("The request is not valid HTTP/1.1.")
         body = dialects.error_body(Dialect.OPENAI, error)
+        rid = new_request_id().encode()
         cast(ITransport, self.transport).write(
-            b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (rid, len(body), body)
         )
         self.loseConnection()
 

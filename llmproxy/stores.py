@@ -66,6 +66,7 @@ class Stores:
         else:
             self.accounts = SQLiteAccounts(self._pool())
         recovered = await self.ledger.recover()
+        self._owners.bury_dead()
         for state, count in recovered.items():
             self.log.warn(
                 "ledger: {count} rows of an ended process are now {state}",

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import TimeoutError as TwistedTimeoutError
+from twisted.internet.defer import TimeoutError as DeferTimeoutError
 from twisted.internet.interfaces import IReactorTime
 
 from llmproxy.errors import BodyTooLarge, RequestTimeout
@@ -83,7 +83,7 @@ class Upload:
         self._waiter = Deferred()
         try:
             await self._waiter.addTimeout(timeout_s, self._clock)
-        except TwistedTimeoutError:
+        except DeferTimeoutError:
             raise RequestTimeout("The request's body did not arrive in time.") from None
         finally:
             self._waiter = None
@@ -103,9 +103,9 @@ class Upload:
             return
         self._chunks.append(data)
         self._waiting_bytes += len(data)
-        if self._waiting_bytes >= HIGH_WATER and not self._paused:
+        if self._waiting_bytes >= HIGH_WATER:
             self._paused = True
-            self._pause()
+            self._pause()  # each time: the transport may have gone on for reasons of its own
         self._wake()
 
     def ended(self) -> None:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ("housekeeping",)
+pytest_plugins = ("housekeeping", "figures")

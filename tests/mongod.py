@@ -295,6 +295,13 @@ class Mongod:
         assert self._process is not None
         self._process.wait()
 
+    def ensure_running(self) -> None:
+        """Start the process again if a test has left it dead, and let it go on if frozen."""
+        self.resume()
+        assert self._process is not None
+        if self._process.poll() is not None:
+            self.start()
+
     def restart(self) -> None:
         """Kill the process if it runs, and start it again on the same port and files."""
         if self._process is not None and self._process.poll() is None:

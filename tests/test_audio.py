@@ -379,12 +379,15 @@ def test_seconds_are_rounded_up(body, seconds):
         (b'{"usage":{"type":"tokens","total_tokens":5}}', '{"type":"tokens","total_tokens":5}'),
         (b'{"text":"x"}', None),
         (b'{"usage":7}', "7"),
-        (b"[]", None),
-        (b"x", None),
     ],
 )
 def test_a_duration_that_is_none_is_not_billed_exactly(body, raw):
     assert read_audio(body) == Reading({}, False, raw, True)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"x", b'{"duration":3'])
+def test_what_is_no_json_object_is_no_answer(body):
+    assert read_audio(body) == Reading()
 
 
 VERBOSE = orjson.dumps(

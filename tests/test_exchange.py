@@ -209,7 +209,7 @@ async def test_too_many_requests_are_passed_on_with_retry_after(tmp_path: Path) 
     [
         raw_answer(200, b"<html>", {"Content-Type": "text/html"}),
         json_answer(201, COMPLETION),
-        raw_answer(200, b'{"half', {"Content-Type": "application/json"}),
+        [head(200, {"Content-Type": "application/json"}), b'{"half', Close()],
         raw_answer(
             200, b"\x1f\x8b", {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         ),
@@ -218,13 +218,28 @@ async def test_too_many_requests_are_passed_on_with_retry_after(tmp_path: Path) 
 )
 @pytest_twisted.ensureDeferred
 async def test_an_answer_that_is_no_result_is_masked_and_left_to_the_operator(
-    tmp_path: Path, script: bytes
+    tmp_path: Path, script: Any
 ) -> None:
-    async with ScriptedBackend([script]) as backend, proxy_for(tmp_path, backend) as proxy:
+    steps = script if isinstance(script, list) else [script]
+    async with ScriptedBackend(steps) as backend, proxy_for(tmp_path, backend) as proxy:
         answer = await proxy.post(CHAT, ASK)
         assert answer.status == 502
         [(state, _, *_)] = proxy.rows()
         assert state == "orphan"
+        assert proxy.bill() == {}
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_answer_with_odd_numbers_is_passed_on_and_left_to_the_operator(
+    tmp_path: Path,
+) -> None:
+    odd = b'{"logprob":-Infinity,"usage":{"prompt_tokens":3,"completion_tokens":NaN}}'
+    script = raw_answer(200, odd, {"Content-Type": "application/json"})
+    async with ScriptedBackend([script]) as backend, proxy_for(tmp_path, backend) as proxy:
+        assert (await proxy.post(CHAT, ASK)).body == odd
+        [(state, raw)] = proxy.rows("state, raw")
+        assert state == "disputed"
+        assert "NaN" in raw
         assert proxy.bill() == {}
 
 

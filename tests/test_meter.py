@@ -567,9 +567,9 @@ def test_a_long_stream_in_single_bytes_takes_linear_time():
         (
             Shape.CHAT,
             b'{"usage":{"prompt_tokens":NaN}}',
-            Reading({}, False, '{"prompt_tokens":NaN}', True),
+            Reading({}, False, '{"prompt_tokens":NaN}', False),
         ),
-        (Shape.CHAT, b"<html>", Reading({}, False, None, True)),
+        (Shape.CHAT, b"<html>", Reading({}, False, None, False)),
         (Shape.CHAT, b"", Reading()),
         (Shape.EMBEDDING, b'{"usage":{"total_tokens":9}}', Reading({E: 9}, True, None, True)),
         (

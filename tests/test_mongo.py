@@ -111,7 +111,7 @@ def server(shared: Mongod) -> Iterator[Mongod]:
     for collection in (client.cgc.api_keys, client.billing.events_oneoff):
         collection.drop()
     yield shared
-    shared.resume()
+    shared.ensure_running()
     shared.fail_command("off")
 
 
@@ -206,7 +206,7 @@ async def test_a_key_is_valid_by_level_hash_and_date(server, document, valid) ->
     server.client().cgc.api_keys.insert_one(full)
     async with opened(uri(server)) as store:
         found = await store.accounts.find(HASH, NOW)
-    assert found == (Account("key-1", "u") if valid else None)
+    assert found == (Account("key-1", "u", document.get("date_expiry")) if valid else None)
 
 
 USER_IDS = [
@@ -827,7 +827,7 @@ def replicas(shared_set: ReplicaSet) -> Iterator[ReplicaSet]:
     shared_set.client().billing.events_oneoff.drop()
     yield shared_set
     for member in shared_set.members:
-        member.resume()
+        member.ensure_running()
 
 
 def set_uri(hosts: str, more: str = "") -> str:

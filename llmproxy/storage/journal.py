@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from twisted.enterprise import adbapi
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -44,6 +44,8 @@ from llmproxy.storage.sqlite import from_text, to_text
 
 #: How long an `open` may wait for its commit before the request is refused.
 OPEN_TIMEOUT_S = 2.0
+#: How often is looked whether one has waited too long.
+SWEEP_S = OPEN_TIMEOUT_S / 8
 #: The pause before a failed commit is repeated: doubled each time, up to the second number.
 RETRY_S = (0.05, 1.0)
 
@@ -83,11 +85,12 @@ class Operation:
 
     def apply(self, connection: sqlite3.Connection) -> None:
         """Do it, in the writer's thread."""
+        self.error = None
         try:
             self.write(connection)
         except Exception as error:
-            if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
-                raise  # the store's trouble: locked, full, broken
+            if _is_trouble(error):
+                raise
             self.error = error
 
     def finish(self) -> None:
@@ -98,6 +101,12 @@ class Operation:
             self.done.errback(self.error)
         else:
             self.done.callback(None)
+
+
+def _is_trouble(error: Exception) -> bool:
+    """The store's trouble, not the operation's: locked, full, broken, or out of memory."""
+    passing = (sqlite3.OperationalError, sqlite3.InternalError, MemoryError)
+    return isinstance(error, passing) or type(error) is sqlite3.DatabaseError
 
 
 class Opening(Operation):
@@ -138,7 +147,8 @@ class GroupCommit:
     """The writer: runs operations in commits, in order, and repeats a commit that failed.
 
     States: idle (`_batch` is empty); committing (a thread works on `_batch`); waiting (the last
-    commit failed and is repeated soon). `failing` tells that the last commit failed.
+    commit failed and is repeated soon). `failing` tells that the last commit failed; it goes on
+    until a commit has really written something, whether or not anybody waits for one.
     """
 
     log = Logger()
@@ -158,7 +168,19 @@ class GroupCommit:
         self._sweeper: IDelayedCall | None = None
         self._retry: IDelayedCall | None = None
         self._idle: list[Deferred[None]] = []
-        self.failing = False
+        self._stopped = False
+        self._failing_since: float | None = None
+
+    @property
+    def failing(self) -> bool:
+        """The last commit failed."""
+        return self._failing_since is not None
+
+    @property
+    def hopeless(self) -> bool:
+        """Commits have failed for so long that an opening need not wait for the next one."""
+        since = self._failing_since
+        return since is not None and self._clock.seconds() - since >= OPEN_TIMEOUT_S
 
     @property
     def pending(self) -> int:
@@ -186,18 +208,21 @@ class GroupCommit:
 
     def stop(self) -> None:
         """Try no more."""
+        self._stopped = True
         self._stop_sweeping()
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
 
     def _commit(self) -> None:
+        if self._stopped:
+            return
         self._batch, self._queue = _without_abandoned(self._batch + self._queue), []
         if not self._batch:
             self._stop_sweeping()
             self._tell_idle()
             return
         if self._sweeper is None:
-            self._sweeper = self._clock.callLater(OPEN_TIMEOUT_S / 4, self._sweep)
+            self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
         started = time.monotonic()
         running = self._pool.runWithConnection(_apply_all, self._batch)
         running.addCallbacks(self._committed, self._failed, callbackArgs=(started,))
@@ -207,7 +232,7 @@ class GroupCommit:
         done, self._batch = self._batch, []
         self._on_commit(time.monotonic() - started, len(done))
         if self.failing:
-            self.failing, self._retry_s = False, RETRY_S[0]
+            self._failing_since, self._retry_s = None, RETRY_S[0]
             self.log.info("ledger: writing again")
         self._queue = [_closing(op.entry) for op in done if _abandoned(op)] + self._queue
         self._commit()  # the next commit runs in its thread while the waiters of this one go on
@@ -216,18 +241,23 @@ class GroupCommit:
 
     def _failed(self, failure: Failure) -> None:
         """Whether it took effect is unknown, so it is repeated until it surely has."""
+        if self._stopped:
+            return
         if not self.failing:
-            self.failing = True
+            self._failing_since = self._clock.seconds()
+            # It stays when all others have given up: who is told to go elsewhere while we fail
+            # would never find out that we don't any more.
+            self._queue.append(Operation(_touch))
             self.log.error("ledger: commit failed, repeating: {error}", error=failure.value)
         self._retry = self._clock.callLater(self._retry_s, self._commit)
         self._retry_s = min(2 * self._retry_s, RETRY_S[1])
 
     def _sweep(self) -> None:
         """Give up openings that have waited too long."""
-        self._sweeper = self._clock.callLater(OPEN_TIMEOUT_S / 4, self._sweep)
-        now = self._clock.seconds()
+        self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
+        soon = self._clock.seconds() + SWEEP_S
         for op in [*self._batch, *self._queue]:
-            if isinstance(op, Opening) and not op.abandoned and op.deadline < now:
+            if isinstance(op, Opening) and not op.abandoned and op.deadline < soon:
                 op.give_up()
 
     def _stop_sweeping(self) -> None:
@@ -252,6 +282,12 @@ def _apply_all(connection: sqlite3.Connection, batch: Sequence[Operation]) -> No
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _touch(connection: sqlite3.Connection) -> None:
+    """Write something that changes nothing: it fails where the disk is full or read-only."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    connection.execute(f"PRAGMA user_version = {int(version)}")
 
 
 def _abandoned(operation: Operation) -> TypeGuard[Opening]:
@@ -352,6 +388,9 @@ class SQLiteLedger:
 
     def open(self, entry: Entry) -> Deferred[None]:
         """See `ILedger.open`."""
+        if self.writer.hopeless:
+            # Nothing is kept of it: an outage of hours must not fill the memory.
+            return fail(StorageError("the ledger can't be written"))
         deadline = self._clock.seconds() + OPEN_TIMEOUT_S
         return self.writer.add(Opening(entry, self._owners.me, deadline))
 

@@ -90,9 +90,15 @@ def bson_value(text: str | None) -> Any:
     if text is None or not text.startswith(_TAG):
         return text
     try:
-        return json_util.loads(text.removeprefix(_TAG), json_util.CANONICAL_JSON_OPTIONS)
+        tagged = text.removeprefix(_TAG)
+        return json_util.loads(tagged, json_options=json_util.CANONICAL_JSON_OPTIONS)
     except (ValueError, TypeError):
         return text
+
+
+def _end(date_expiry: Any) -> datetime | None:
+    """When a key that is valid now ends; what Python has no date for is thousands of years away."""
+    return date_expiry if isinstance(date_expiry, datetime) else None
 
 
 @implementer(IAccounts)
@@ -114,7 +120,9 @@ class MongoAccounts:
             found = reply["cursor"]["firstBatch"]
             if not found:
                 return None
-            return Account(str(found[0]["_id"]), text_value(found[0].get("user_id")))
+            key = found[0]
+            user_id, expires = text_value(key.get("user_id")), _end(key.get("date_expiry"))
+            return Account(str(key["_id"]), user_id, expires)
         except (KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"find in {'.'.join(KEYS)}: a reply without a result") from error
 
@@ -124,7 +132,7 @@ class MongoAccounts:
         command: Document = {
             "find": collection,
             "filter": key_filter(secret_hash, now),
-            "projection": {"user_id": 1},
+            "projection": {"user_id": 1, "date_expiry": 1},
             "limit": 1,
             "singleBatch": True,
             "maxTimeMS": int(FIND_TIMEOUT_S * 1000),

@@ -23,8 +23,10 @@ class Owners:
     def join(self) -> None:
         """Take our lock. Raises OSError."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        self._lock = os.open(self._folder / self.me, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        unlocked = self._folder / f".{self.me}"  # nobody may take us for dead in between
+        self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(self._folder / self.me)
 
     def leave(self) -> None:
         """Give our lock back; from now on our open rows, if any, are anybody's to close."""
@@ -49,6 +51,8 @@ class Owners:
             os.close(lock)
         return True
 
-    def bury(self, owner: str) -> None:
-        """Remove the file of a dead process."""
-        (self._folder / owner).unlink(missing_ok=True)
+    def bury_dead(self) -> None:
+        """Remove the files of dead processes: call it when their rows are closed."""
+        for file in self._folder.iterdir():
+            if not file.name.startswith(".") and self.is_dead(file.name):
+                file.unlink(missing_ok=True)

@@ -3,7 +3,8 @@
     python broken.py FAULT -c config.toml      the process
     plant(FAULT)                               in this one
 
-bill-after-release: the client gets the end of its answer, and then the bill is committed.
+bill-after-release: the client gets the end of its answer, and then the bill is committed (20 ms
+  later, so that not hundreds of kills are needed to see it).
 bill-at-the-end: no row is written before the request is sent, only one at its end.
 bill-again: a bill that is repeated gets a new identity.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import deferLater
 
 from llmproxy.exchange import Exchange
 from llmproxy.model import Entry, Settlement
@@ -29,6 +31,7 @@ def bill_after_release() -> None:
         await self._open(entry)
         ending = await self._send(entry, order)
         self._release(ending)
+        await deferLater(self._services.clock, 0.02)
         await self._settle(entry, ending)
 
     Exchange._serve = serve  # type: ignore[method-assign]

@@ -1,0 +1,110 @@
+"""Routes: the snapshot in force, and what of the old one lives on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from llmproxy.backends import Backends
+from llmproxy.config import Backend
+from llmproxy.errors import ModelNotFound
+from llmproxy.upstream import Upstream
+
+
+class Connections:
+    """Stands for an `Upstream`."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Connector:
+    """Connects, and keeps what it connected."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Backend, Connections]] = []
+
+    def __call__(self, backend: Backend) -> Upstream:
+        self.made.append((backend, Connections()))
+        return cast(Upstream, self.made[-1][1])
+
+
+def backend(name: str, **more: Any) -> Backend:
+    return Backend(**{"name": name, "url": "http://h:1", "device": "gpu", **more})
+
+
+A, B = backend("a"), backend("b")
+
+
+@pytest.fixture
+def connect() -> Connector:
+    return Connector()
+
+
+@pytest.fixture
+def backends(connect: Connector) -> Backends:
+    backends = Backends(connect)
+    backends.swap({"a": A, "b": B})
+    return backends
+
+
+@pytest.mark.parametrize("name", ["", "c", "A", " a", "a/", "../a"])
+def test_only_a_models_exact_name_finds_it(backends, name):
+    assert backends.find("a").backend is A
+    with pytest.raises(ModelNotFound) as caught:
+        backends.find(name)
+    assert (caught.value.status, caught.value.param) == (404, "model")
+
+
+def test_backends_are_listed_in_the_order_of_the_configuration(backends):
+    assert list(backends.all()) == [A, B]
+    backends.swap({"b": B, "a": A})
+    assert list(backends.all()) == [B, A]
+
+
+def test_connections_to_a_backend_that_is_the_same_are_kept(backends, connect):
+    before = backends.find("a")
+    backends.swap({"a": backend("a"), "b": B})  # equal, and not the same object
+    assert backends.find("a") is before
+    assert [each.closed for _, each in connect.made] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"url": "http://h:2"}, {"token": "t"}, {"verify_ssl": False}, {"drain_timeout": 1.0}],
+)
+def test_a_backend_that_was_changed_gets_connections_of_its_own(backends, connect, change):
+    before = backends.find("a")
+    changed = replace(A, **change)
+    backends.swap({"a": changed, "b": B})
+    now = backends.find("a")
+    assert now.backend is changed
+    assert now.upstream is not before.upstream
+    assert [(each.name, used.closed) for each, used in connect.made] == [("a", 1), ("b", 0), ("a", 0)]
+
+
+def test_an_exchange_keeps_the_route_that_it_began_with(backends):
+    route = backends.find("a")
+    backends.swap({"a": replace(A, url="http://h:2")})
+    assert route.backend is A
+    assert route.upstream is not backends.find("a").upstream
+
+
+def test_a_backend_that_was_removed_is_not_found_and_its_idle_connections_are_closed(
+    backends, connect
+):
+    backends.swap({"b": B})
+    with pytest.raises(ModelNotFound):
+        backends.find("a")
+    assert [used.closed for _, used in connect.made] == [1, 0]
+
+
+def test_closing_closes_what_is_in_force_once(backends, connect):
+    backends.swap({"a": replace(A, url="http://h:2")})
+    backends.close()
+    assert [used.closed for _, used in connect.made] == [1, 1, 1]
