@@ -67,6 +67,7 @@ class Exchange:
         self._services = services
         self._down = Downstream(request, services.clock, services.config.timeout_read)
         self._forward: Forward | None = None
+        self._is_cut = False
         self._began = services.monotonic()
         self._forward_began = 0.0
         self._first_token_s: float | None = None
@@ -89,6 +90,7 @@ class Exchange:
 
     def cut(self) -> None:
         """The proxy stops, and waits no longer: what was metered so far is settled."""
+        self._is_cut = True
         if self._forward is not None:
             self._forward.stop()
         else:
@@ -209,6 +211,8 @@ class Exchange:
         watch = self._watch(backend.name)
         forward = Forward(order, self._down, services.clock, timing, watch)
         self._forward = forward
+        if self._is_cut:
+            forward.stop()
         services.checkpoints.follow(entry.rid, lambda: forward.reading().counts)
         ending = await forward.run()
         services.checkpoints.forget(entry.rid)

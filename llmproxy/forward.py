@@ -211,7 +211,7 @@ class Forward:
 
     async def _refused(self, response: IResponse) -> Ending:
         end = await self._read(response, self._collect_up_to(MAX_REFUSAL))
-        body = b"" if end in (BodyEnd.BROKEN, BodyEnd.STALLED) else b"".join(self._parts)
+        body = b"".join(self._parts) if end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED) else b""
         last = refusal(response.code, body, headers.for_client(response.headers))
         # 2xx may have been a result that we can't read; anything else is none.
         reading = Reading() if response.code < 300 else NOTHING

@@ -366,7 +366,8 @@ class _Messages(_Named):
         if usage is None:
             return
         try:
-            fields = self._fields | message_fields(usage)
+            reported = message_fields(usage)
+            fields = self._fields | reported
             prompt = total(*(fields.get(name, 0) for name in MESSAGE_INPUT))
         except Absurd:
             self._absurd(raw_text(usage))
@@ -378,7 +379,9 @@ class _Messages(_Named):
         if "output_tokens" in fields:
             known = counts.get(Kind.COMPLETION, 0)
             counts[Kind.COMPLETION] = max(fields["output_tokens"], known)
-        self._valid(counts, exact=last and len(counts) == 2)
+        # The output in `message_start` is none yet: a last report without its own says nothing.
+        final = last and ("output_tokens" in reported or self._exact)
+        self._valid(counts, exact=final and len(counts) == 2)
 
 
 class _Responses(_Named):

@@ -299,7 +299,8 @@ class Proxy(logs.LoggingService):
         await DeferredList([_stopped(port) for port in self.ports])
         if services is not None and site is not None:
             services.draining = True
-            _close_idle(site)
+            for channel in list(site.connections):
+                channel.retire()
             await self._drain(services, self.config.drain_deadline)
             for exchange in list(services.exchanges):
                 exchange.cut()
@@ -358,12 +359,6 @@ def _address(port: IListeningPort) -> str:
     if isinstance(host, (IPv4Address, IPv6Address)):
         return f"{host.host}:{host.port}"
     return str(getattr(host, "name", host))
-
-
-def _close_idle(site: Site) -> None:
-    for channel in list(site.connections):
-        if channel.is_idle:
-            channel.loseConnection()
 
 
 def _stopped(port: IListeningPort) -> Deferred[None]:

@@ -20,6 +20,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web import server
 from twisted.web.http import HTTPChannel
+from twisted.web.http import Request as HTTPRequest
 from twisted.web.resource import IResource
 
 from llmproxy import __version__, dialects
@@ -96,7 +97,7 @@ class Request(server.Request):
     def _invite(self) -> None:
         """The body is wanted (RFC 9110 section 10.1.1)."""
         expected = self.requestHeaders.getRawHeaders(b"Expect")
-        if expected and not self.upload.whole:
+        if expected and not self.upload.whole and self.channel is not None:
             self.requestHeaders.removeHeader(b"Expect")
             self.channel.invite_body()
 
@@ -172,6 +173,7 @@ class Channel(HTTPChannel):
     """Twisted's channel; it tells a request's first line early, and leaves `100 Continue` to it."""
 
     site: Site
+    _retiring = False
 
     def connectionMade(self) -> None:
         """A client came."""
@@ -188,6 +190,24 @@ class Channel(HTTPChannel):
         """Nothing has been asked that waits for an answer."""
         return not self.requests
 
+    def retire(self) -> None:
+        """Close after the answer that is due, or now if none is."""
+        self._retiring = True
+        self.persistent = False
+        if self.is_idle:
+            self.loseConnection()
+        for request in self.requests:
+            if not request.startedWriting:
+                request.setHeader(b"Connection", b"close")
+
+    def checkPersistence(self, request: HTTPRequest, version: bytes) -> bool:
+        """Whether the connection outlives this request, as Twisted asks once it has its header."""
+        if self._retiring:
+            request.setHeader(b"Connection", b"close")
+            return False
+        kept: bool = super().checkPersistence(request, version)
+        return kept
+
     def request_line(self) -> tuple[bytes, bytes, bytes]:
         """Method, target and version of the request whose header has just come."""
         return self._command, self._path, self._version
@@ -195,11 +215,17 @@ class Channel(HTTPChannel):
     def hold_up(self, hold: bool) -> None:
         """Stop reading the client's body, or go on."""
         if hold:
-            self._savedTimeOut = self.setTimeout(None)  # the silence is ours
+            self.setTimeout(None)  # the silence is ours
             self._networkProducer.pauseProducing()
         else:
-            self.setTimeout(self.timeOut)
+            if not self._handlingRequest:
+                self.setTimeout(self.site.timeOut)
             self._networkProducer.resumeProducing()
+
+    def allContentReceived(self) -> None:
+        """The body is whole: Twisted takes the timeout off, and puts it back after the answer."""
+        self.setTimeout(self.site.timeOut)  # a hold may have taken it off already
+        super().allContentReceived()
 
     def invite_body(self) -> None:
         """Tell a client that waits for it to send its body."""

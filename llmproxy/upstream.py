@@ -10,6 +10,9 @@ from typing import Any, Protocol, cast
 
 import treq
 from hyperlink import EncodedURL
+from OpenSSL import SSL
+from service_identity import VerificationError
+from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import (
     ConnectError,
@@ -19,11 +22,7 @@ from twisted.internet.error import (
 )
 from twisted.internet.error import TimeoutError as TwistedTimeoutError
 from twisted.internet.interfaces import IConsumer, IOpenSSLClientConnectionCreator
-from twisted.internet.ssl import (
-    Certificate,
-    optionsForClientTLS,
-    trustRootFromCertificates,
-)
+from twisted.internet.ssl import Certificate, CertificateOptions, trustRootFromCertificates
 from twisted.web.client import Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IPolicyForHTTPS, IResponse
@@ -130,11 +129,27 @@ class _Dropped:
 class _Unverified:
     """TLS without a look at the certificate (`verify_ssl = false`)."""
 
+    def __init__(self) -> None:
+        self._options = CertificateOptions()  # which verify nothing
+
     def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
         """See `IPolicyForHTTPS.creatorForNetloc`."""
-        return optionsForClientTLS(
-            hostname.decode("ascii"), extraCertificateOptions={"verify": False}
-        )
+        return _UnverifiedCreator(self._options, hostname)
+
+
+@implementer(IOpenSSLClientConnectionCreator)
+class _UnverifiedCreator:
+    def __init__(self, options: CertificateOptions, hostname: bytes) -> None:
+        self._options = options
+        self._hostname = hostname
+
+    def clientConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:
+        """See `IOpenSSLClientConnectionCreator.clientConnectionForTLS`."""
+        connection = SSL.Connection(self._options.getContext(), None)
+        name = self._hostname.decode("ascii")
+        if not (isIPAddress(name) or isIPv6Address(name)):  # RFC 6066 section 3
+            connection.set_tlsext_host_name(self._hostname)
+        return connection
 
 
 class Upstream:
@@ -183,11 +198,20 @@ def translate(error: Exception) -> Exception:
             return cast(Exception, failure.value)
     if isinstance(error, (ProxyError, ClientGone)):
         return error
+    if any(_is_untrusted(failure.value) for failure in getattr(error, "reasons", ())):
+        return NotSent("The model's server can't be trusted.")
     if isinstance(error, (ConnectError, DNSLookupError, ConnectingCancelledError, UserError)):
         return NotSent("The model's server can't be reached.")
     if isinstance(error, (TwistedTimeoutError, CancelledError)):
         return BackendTimeout("The model's server did not answer in time.")
     return BackendError("The model's server broke the connection.")
+
+
+def _is_untrusted(reason: object) -> bool:
+    """A certificate was refused: the connection ended before the request could be sent on it."""
+    if isinstance(reason, SSL.Error):
+        return "certificate verify failed" in str(reason)
+    return isinstance(reason, VerificationError)
 
 
 def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:

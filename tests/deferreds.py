@@ -38,4 +38,4 @@ def failure_of(waiting: Deferred[Any], *expected: type[BaseException]) -> Any:
 
 def is_waiting(waiting: Deferred[Any]) -> bool:
     """True while it has no result."""
-    return not waiting.called
+    return not waiting.called or bool(waiting.paused)  # paused: it waits for another one

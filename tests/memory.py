@@ -115,13 +115,13 @@ class Server:
     """A public site with one client that is connected."""
 
     def __init__(
-        self, clock: Clock, serve: Callable[[Request], None] | None = None, root: Any = None
+        self, clock: Clock, root: Any = None, metrics: Metrics | None = None
     ) -> None:
         self.clock = clock
         self.requests: list[Request] = []
-        self.metrics = Metrics("0")
+        self.metrics = metrics or Metrics("0")
         self.site = Site(
-            root or Kept(serve or self.requests.append),  # type: ignore[arg-type]
+            root or Kept(self.requests.append),  # type: ignore[arg-type]
             clock,  # type: ignore[arg-type]
             metrics=self.metrics,
             monotonic=clock.seconds,

@@ -64,8 +64,7 @@ def running(
         yield process
         process.terminate()
         code = process.wait(STOP_TIMEOUT_S)
-        # Twisted ends itself by the signal that stopped it, once it has stopped.
-        assert code in (0, -15), f"exit code {code}\n{log.read_text()}"
+        assert code == 0, f"exit code {code}\n{log.read_text()}"
     finally:
         process.kill()
         process.wait()

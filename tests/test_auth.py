@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
-import tracemalloc
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
-from twisted.logger import formatEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import implementer, provider
 from zope.interface.verify import verifyObject
 
 from llmproxy import auth
@@ -107,7 +107,8 @@ def logged() -> Iterator[list[str]]:
     """All that is logged, with every field of every event."""
     lines: list[str] = []
 
-    def observe(event: Any) -> None:
+    @provider(ILogObserver)
+    def observe(event: LogEvent) -> None:
         lines.append(f"{formatEvent(event)} {event!r}")
 
     globalLogPublisher.addObserver(observe)
@@ -328,7 +329,7 @@ def test_a_look_up_that_raises_lets_nobody_in_and_nobody_wait(
     def raise_it(*args: object) -> Any:
         raise ZeroDivisionError
 
-    gate.accounts.find = raise_it  # type: ignore[method-assign]
+    gate.accounts.find = raise_it  # type: ignore[method-assign, assignment]
     assert gate.verdict() is Unavailable
     assert gate.verdict() is Unavailable
     flush_logged_errors(ZeroDivisionError)
@@ -381,15 +382,10 @@ def test_a_flood_of_guesses_does_not_grow_the_memory(gate: Gate) -> None:
     gate.accounts.find = lambda *a: succeed(None)  # type: ignore[method-assign]
     guess(range(auth.CACHE_SIZE))
     gc.collect()
-    tracemalloc.start()
-    try:
-        guess(range(auth.CACHE_SIZE, 100_000))
-        gc.collect()
-        # What is kept was replaced by as much, all of it made since the start.
-        grown, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert grown < 500 * auth.CACHE_SIZE
+    before = sys.getallocatedblocks()
+    guess(range(auth.CACHE_SIZE, 100_000))
+    gc.collect()
+    assert sys.getallocatedblocks() - before < auth.CACHE_SIZE
 
 
 def test_a_flood_of_guesses_does_not_drive_out_the_keys_that_are_known(
@@ -471,7 +467,7 @@ ODD = [
     [b"Bearer \x00token2"],
     [b"Bearer token2\x7f"],
     [b"Bearer tok en2"],
-    [b"Bearer token2,token3"[:13] + b"\x80"],
+    [b"Bearer token2\x80"],
     [b"Bearer tok\xc3\xa9n2"],
     [b"Bearer \xff\xfe"],
     [b"Bearertoken2"],
@@ -489,8 +485,8 @@ ODD = [
     [b"Bearer2 token2"],
     [b"earer token2"],
     [b"\xef\xbb\xbfBearer token2"],
-    ["Ｂearer token2".encode()],
-    ["Bearer tоken2".encode()],
+    ["\uff22earer token2".encode()],
+    ["Bearer t\u043eken2".encode()],
     [b"Bearer token2", b"Bearer token2"],
     [b"Bearer token2", b"Bearer token3"],
     [b"", b"Bearer token2"],

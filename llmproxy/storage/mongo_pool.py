@@ -290,6 +290,8 @@ class MongoPool:
     async def close(self) -> None:
         """Close all connections, fail what waits, and return when all are gone."""
         self._closing = True
+        # Our caller may run on top of a slot, and a coroutine can't be cancelled while it runs.
+        await self._sleep(0)
         if self._pings is not None and self._pings.running:
             self._pings.stop()
         for waiting in list(self._waiting):

@@ -51,8 +51,12 @@ class Owners:
             os.close(lock)
         return True
 
+    def bury(self, owner: str) -> None:
+        """Remove the file of a dead process."""
+        (self._folder / owner).unlink(missing_ok=True)
+
     def bury_dead(self) -> None:
-        """Remove the files of dead processes: call it when their rows are closed."""
+        """Remove the files of all dead processes, those without open rows too."""
         for file in self._folder.iterdir():
             if not file.name.startswith(".") and self.is_dead(file.name):
-                file.unlink(missing_ok=True)
+                self.bury(file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,9 @@ from llmproxy.storage import IAccounts
 
 #: How long a statement waits for another process's lock before it fails and is tried again.
 BUSY_TIMEOUT_S = 1.0
+#: How long a start tries to get at a file that others keep locked, and how often.
+PREPARE_TIMEOUT_S = 3.0
+PREPARE_RETRY_S = 0.02
 
 
 def configure(connection: sqlite3.Connection) -> None:
@@ -44,7 +48,7 @@ def _accept_old_duplicates(connection: sqlite3.Connection) -> None:
     """The earlier llmproxy could bill twice; keep such rows as they are, and allow no new ones."""
     (last,) = connection.execute("SELECT max(id) FROM event_oneoff").fetchone()
     connection.execute(
-        "CREATE UNIQUE INDEX event_oneoff_identity ON event_oneoff(rid, product) "
+        "CREATE UNIQUE INDEX IF NOT EXISTS event_oneoff_identity ON event_oneoff(rid, product) "
         f"WHERE id > {int(last)}"
     )
 
@@ -58,14 +62,30 @@ def connect(path: Path | str) -> sqlite3.Connection:
 
 def prepare(path: Path) -> None:
     """Make and migrate the file. Raises StorageError with the file's name; blocks, so: at start."""
-    try:
-        connection = connect(path)
+    deadline = time.monotonic() + PREPARE_TIMEOUT_S
+    while True:
         try:
-            migrate(connection)
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise StorageError(f"database {path}: {error}") from error
+            _migrate_file(path)
+            return
+        except sqlite3.Error as error:
+            # Of processes that start on one new file, all but one may be told so at once: SQLite
+            # does not wait for a lock where it suspects a deadlock.
+            if not _is_busy(error) or time.monotonic() > deadline:
+                raise StorageError(f"database {path}: {error}") from error
+            time.sleep(PREPARE_RETRY_S)
+
+
+def _migrate_file(path: Path) -> None:
+    connection = connect(path)
+    try:
+        migrate(connection)
+    finally:
+        connection.close()
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def make_pool(path: Path, reactor: Any) -> adbapi.ConnectionPool:

@@ -1,29 +1,37 @@
 """The proxy with a planted fault: the experiments must notice it.
 
     python broken.py FAULT -c config.toml      the process
-    plant(FAULT)                               in this one
+    plant(FAULT, monkeypatch.setattr)          in this one
 
 bill-after-release: the client gets the end of its answer, and then the bill is committed (20 ms
   later, so that not hundreds of kills are needed to see it).
 bill-at-the-end: no row is written before the request is sent, only one at its end.
 bill-again: a bill that is repeated gets a new identity.
+synchronous-normal: a commit waits for no fsync.
+drop-on-disconnect: who leaves gets no bill.
+running-count-on-disconnect: who leaves is billed for the events that it was sent.
 """
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import deferLater
 
 from llmproxy.exchange import Exchange
-from llmproxy.model import Entry, Settlement
-from llmproxy.storage import journal
+from llmproxy.forward import Ending, Forward
+from llmproxy.model import Entry, Kind, Outcome, Settlement, events
+from llmproxy.storage import journal, sqlite
+
+SetAttribute = Callable[[Any, str, Any], object]
 
 
-def bill_after_release() -> None:
+def bill_after_release(set_attribute: SetAttribute) -> None:
     async def serve(self: Any) -> None:
         account = await self._authenticate()
         order = await self._admit()
@@ -34,10 +42,10 @@ def bill_after_release() -> None:
         await deferLater(self._services.clock, 0.02)
         await self._settle(entry, ending)
 
-    Exchange._serve = serve  # type: ignore[method-assign]
+    set_attribute(Exchange, "_serve", serve)
 
 
-def bill_at_the_end() -> None:
+def bill_at_the_end(set_attribute: SetAttribute) -> None:
     def opened(self: Any, entry: Entry) -> Deferred[None]:
         return succeed(None)
 
@@ -48,35 +56,71 @@ def bill_at_the_end() -> None:
             row.write(connection)
             journal.close_row(connection, entry, settlement, delivered=True)
 
-        return self.writer.write(write)
+        written: Deferred[None] = self.writer.write(write)
+        return written
 
-    journal.SQLiteLedger.open = opened  # type: ignore[method-assign]
-    journal.SQLiteLedger.settle = settle  # type: ignore[method-assign]
+    set_attribute(journal.SQLiteLedger, "open", opened)
+    set_attribute(journal.SQLiteLedger, "settle", settle)
 
 
-def bill_again() -> None:
+def bill_again(set_attribute: SetAttribute) -> None:
     def settle(self: Any, entry: Entry, settlement: Settlement) -> Deferred[None]:
         def write(connection: Any) -> None:
             journal.close_row(connection, entry, settlement, delivered=True)
-            for event in journal.events(entry, settlement):
+            for event in events(entry, settlement):
                 row = ("now", "key", event.product + "#2", event.quantity, event.rid)
                 connection.execute(journal.ADD_EVENT, row)
 
-        return self.writer.write(write)
+        written: Deferred[None] = self.writer.write(write)
+        return written
 
-    journal.SQLiteLedger.settle = settle  # type: ignore[method-assign]
+    set_attribute(journal.SQLiteLedger, "settle", settle)
 
 
-FAULTS: dict[str, Callable[[], None]] = {
+def synchronous_normal(set_attribute: SetAttribute) -> None:
+    def configure(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    set_attribute(sqlite, "configure", configure)
+
+
+def drop_on_disconnect(set_attribute: SetAttribute) -> None:
+    settle = Exchange._settle
+
+    async def settle_unless_gone(self: Any, entry: Entry, ending: Ending) -> None:
+        if ending.outcome is not Outcome.CLIENT_GONE:
+            await settle(self, entry, ending)
+
+    set_attribute(Exchange, "_settle", settle_unless_gone)
+
+
+def running_count_on_disconnect(set_attribute: SetAttribute) -> None:
+    run = Forward.run
+
+    async def run_and_forget(self: Any) -> Ending:
+        ending = await run(self)
+        if ending.outcome is not Outcome.CLIENT_GONE:
+            return ending
+        counts = {**ending.reading.counts, Kind.COMPLETION: self._order.meter.content_events}
+        return replace(ending, reading=replace(ending.reading, counts=counts))
+
+    set_attribute(Forward, "run", run_and_forget)
+
+
+FAULTS: dict[str, Callable[[SetAttribute], None]] = {
     "bill-after-release": bill_after_release,
     "bill-at-the-end": bill_at_the_end,
     "bill-again": bill_again,
+    "synchronous-normal": synchronous_normal,
+    "drop-on-disconnect": drop_on_disconnect,
+    "running-count-on-disconnect": running_count_on_disconnect,
 }
 
 
-def plant(fault: str) -> None:
+def plant(fault: str, set_attribute: SetAttribute = setattr) -> None:
     """From now on this process's proxies have the fault."""
-    FAULTS[fault]()
+    FAULTS[fault](set_attribute)
 
 
 if __name__ == "__main__":

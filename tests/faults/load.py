@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from speech import ALL, Speech
@@ -16,7 +16,7 @@ class Asked:
     """A request, and what came of it.
 
     generation: which run of the proxy it was sent to. rid: its X-Request-ID, if a header came.
-    finished: the answer came to its own end, body and framing.
+    finished: the answer came to its own end, body and framing. ended_at: when that was (Unix time).
     """
 
     marker: str
@@ -31,6 +31,7 @@ class Asked:
     status: int | None = None
     body: bytes = field(default=b"", repr=False)
     finished: bool = False
+    ended_at: float = 0.0
 
     @property
     def text(self) -> str:
@@ -46,7 +47,7 @@ class Plan:
     """What clients ask for. `pick` gives (speech, stream, tokens, milliseconds for each)."""
 
     random: random.Random
-    model: str = "m"
+    models: Sequence[str] = ("m",)
     max_tokens: int = 24
     max_ms: int = 120
 
@@ -114,7 +115,7 @@ class Load:
         prompt = self._plan.random.randint(1, 999)
         asked = Asked(marker, number, self.generation, speech, stream, prompt, tokens)
         self.asked.append(asked)
-        body = speech.request(self._plan.model, f"{asked.text} {ms}", stream=stream)
+        body = speech.request(self._plan.random.choice(self._plan.models), f"{asked.text} {ms}", stream=stream)
         head = (
             f"POST {speech.path} HTTP/1.1\r\nHost: p\r\nAuthorization: Bearer {self.key(number)}"
             f"\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -136,6 +137,7 @@ async def _answer(asked: Asked, link: asyncio.StreamReader) -> None:
         await _chunks(asked, link)
     last = asked.speech.last if asked.stream and asked.status == 200 else b"}"
     asked.finished = asked.body.endswith(last)
+    asked.ended_at = time.time()
 
 
 async def _chunks(asked: Asked, link: asyncio.StreamReader) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet import main
 from twisted.internet.abstract import FileDescriptor
@@ -74,12 +74,17 @@ class SimReactor:
     def callLater(
         self, delay: float, callable: Callable[..., object], *args: object, **kw: object
     ) -> IDelayedCall:
-        call: IDelayedCall = self.world.callLater(delay, callable, *args, **kw)
+        call: Any = self.world.callLater(delay, callable, *args, **kw)
         if self.dead:
-            call.cancel()
-            call = self.world.callLater(0, lambda: None)
-        self._calls.append(call)
-        return call
+            self._forget(call)
+        else:
+            self._calls.append(call)
+        return cast(IDelayedCall, call)
+
+    def _forget(self, call: Any) -> None:
+        """It will not happen; what is left of the process, as garbage, may still cancel it."""
+        self.world.calls.remove(call)
+        call.canceller = call.resetter = lambda call: None
 
     def getDelayedCalls(self) -> list[IDelayedCall]:
         return [call for call in self._calls if call.active()]
@@ -106,7 +111,7 @@ class SimReactor:
     def kill(self) -> None:
         """No code of this process runs any more; the kernel closes its sockets."""
         for call in self.getDelayedCalls():
-            call.cancel()
+            self._forget(call)
         self.dead = True
         for transport in list(self.transports):
             transport.socket.close(reset=self.world.rng.random() < 0.5)
@@ -297,6 +302,7 @@ class SimConnector:
             for call in (self._timeout, self._attempt):
                 if call.active():
                     call.cancel()
+            self._reactor.world.say("no connection to the backend")
             self._factory.clientConnectionFailed(self, Failure(error))
 
     def stopConnecting(self) -> None:
@@ -305,6 +311,9 @@ class SimConnector:
     def disconnect(self) -> None:
         self._fail(UserError())
 
+    def getDestination(self) -> IPv4Address:
+        return HERE
+
 
 def buffer_size(world: World) -> int:
     """When a transport asks its producer to pause."""
@@ -312,11 +321,20 @@ def buffer_size(world: World) -> int:
 
 
 def sizes(world: World) -> Callable[[], int]:
-    """How much one read gives, for one connection."""
+    """How much one read gives, for one connection: little at first, or always all."""
     most = world.rng.choices((1, 7, 60, 500, 2**16), (1, 2, 6, 11, 80))[0]
-    if most == 2**16:
-        return lambda: most
-    return lambda: world.rng.randint(1, 2 * most)
+    reads = 0
+
+    def size() -> int:
+        nonlocal reads
+        reads += 1
+        return world.rng.randint(1, 2 * most) if reads < SMALL_READS else 2**16
+
+    return size if most < 2**16 else lambda: most
+
+
+#: How many reads of a connection are small ones; a history should end.
+SMALL_READS = 300
 
 
 def socket_pair(world: World) -> tuple[SimSocket, SimSocket]:

@@ -17,7 +17,8 @@ def _event(data: Json, *, named: bool = False) -> bytes:
     return name + b"data: %s\n\n" % orjson.dumps(data)
 
 
-def _usage(prompt: int, completion: int) -> Json:
+def usage_of(prompt: int, completion: int) -> Json:
+    """A usage report of chat and completions."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -34,9 +35,9 @@ class Speech:
     """How one endpoint speaks.
 
     ask: a request's fields for a text. heard: the text of a request. begin: the events before
-    the first token. token: the event of the N-th token (the numbers so far go into it if they
-    are asked for continuously). end: the events after the last one, with the usage. whole: an
-    answer that is no stream. last: how a whole stream ends.
+    the first token. token: the event of a token (with the usage so far, if given). end: the events
+    after the last one, with the usage. whole: an answer that is no stream. last: how a whole
+    stream ends. kinds: of what is billed.
     """
 
     name: str
@@ -58,11 +59,6 @@ class Speech:
         """The body of a request."""
         body = {"model": model, **self.ask(text)}
         return orjson.dumps(body | {"stream": True} if stream else body)
-
-    def stream(self, prompt: int, tokens: int, *, continuous: bool = False) -> list[bytes]:
-        """The events of a whole answer."""
-        running = [_usage(prompt, n + 1) if continuous else None for n in range(tokens)]
-        return [*self.begin(prompt), *map(self.token, running), *self.end(prompt, tokens)]
 
     def json(self, prompt: int, tokens: int) -> bytes:
         """A whole answer that is no stream."""
@@ -86,9 +82,9 @@ CHAT = Speech(
     "/v1/chat/completions",
     ask=lambda text: {"messages": _turn(text)},
     heard=lambda body: body["messages"][0]["content"],
-    whole=lambda p, c: {"object": "chat.completion", "choices": [], "usage": _usage(p, c)},
+    whole=lambda p, c: {"object": "chat.completion", "choices": [], "usage": usage_of(p, c)},
     token=lambda usage: _with_usage({"choices": [{"index": 0, "delta": {"content": "x"}}]}, usage),
-    end=lambda p, c: (_event({"choices": [], "usage": _usage(p, c)}), DONE),
+    end=lambda p, c: (_event({"choices": [], "usage": usage_of(p, c)}), DONE),
     last=DONE,
 )
 COMPLETIONS = Speech(
@@ -96,9 +92,9 @@ COMPLETIONS = Speech(
     "/v1/completions",
     ask=lambda text: {"prompt": text},
     heard=lambda body: body["prompt"],
-    whole=lambda p, c: {"object": "text_completion", "choices": [], "usage": _usage(p, c)},
+    whole=lambda p, c: {"object": "text_completion", "choices": [], "usage": usage_of(p, c)},
     token=lambda usage: _with_usage({"choices": [{"index": 0, "text": "x"}]}, usage),
-    end=lambda p, c: (_event({"choices": [], "usage": _usage(p, c)}), DONE),
+    end=lambda p, c: (_event({"choices": [], "usage": usage_of(p, c)}), DONE),
     last=DONE,
 )
 MESSAGES = Speech(

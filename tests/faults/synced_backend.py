@@ -5,7 +5,7 @@
 The text of a request is `MARKER PROMPT TOKENS MILLISECONDS`: it says what it costs and how long a
 token takes. Each line of the log is on the disk before anything that follows from it is sent:
 
-    asked MARKER               before the answer begins
+    asked MARKER UNIX_TIME     before the answer begins
     told MARKER PROMPT TOKENS  before the usage is sent
     made MARKER TOKENS         afterwards: how many tokens were generated, whole or not
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class Answering:
 
     async def run(self, out: asyncio.StreamWriter, *, stream: bool) -> None:
         """Answer. Raises Gone."""
-        await self._log.add("asked", self.marker)
+        await self._log.add("asked", self.marker, time.time())
         try:
             await (self._stream(out) if stream else self._whole(out))
         finally:

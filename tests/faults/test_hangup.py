@@ -21,14 +21,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import broken
 import pytest
 import pytest_twisted
-from backend import CHUNKED, LAST_CHUNK, Connection, ScriptedBackend, Seen, Stall, chunk, head
-from backend import raw_answer
+from backend import (
+    CHUNKED,
+    LAST_CHUNK,
+    Connection,
+    ScriptedBackend,
+    Seen,
+    Stall,
+    chunk,
+    head,
+    raw_answer,
+)
 from figures import LONG, report
 from proxy import Answer, Client, ProxyHandle, reactor, request_bytes, running_proxy
-from speech import ALL, CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, Speech
-from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
+from speech import ALL, CHAT, COMPLETIONS, MESSAGES, RESPONSES, Speech, usage_of
+from twisted.internet.defer import DeferredSemaphore, gatherResults
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.task import deferLater
 
@@ -50,9 +60,9 @@ class Way(enum.Enum):
     HALF_CLOSE = "half-close"
 
 
-SPEECHES = [(speech, stream) for speech in ALL for stream in (True, False) if speech.streams or not stream]
+SPEECHES = [(each, stream) for each in ALL for stream in (True, False) if each.streams >= stream]
 WAYS = list(Way)
-names = [f"{speech.name}{'-stream' if stream else ''}" for speech, stream in SPEECHES]
+NAMES = [f"{speech.name}{'-stream' if stream else ''}" for speech, stream in SPEECHES]
 
 
 class Leaver(Client):
@@ -171,9 +181,17 @@ class Sweep:
         self._numbers = itertools.count()
         self._seen: Counter[int] = Counter()
 
-    def case(self, speech: Speech, stream: bool, way: Way, **when: int | None) -> Case:
+    def case(
+        self,
+        speech: Speech,
+        stream: bool,
+        way: Way,
+        *,
+        read: int | None = None,
+        sent: int | None = None,
+    ) -> Case:
         """One more case."""
-        case = Case(next(self._numbers), speech, stream, way, **when)
+        case = Case(next(self._numbers), speech, stream, way, read, sent)
         self.cases[case.number] = case
         return case
 
@@ -202,11 +220,8 @@ class Sweep:
 
     async def run(self, proxy: ProxyHandle, cases: Iterable[Case]) -> None:
         """Do them all, some at a time."""
-        tokens = DeferredSemaphore(CONCURRENT)
-        running = [
-            tokens.run(lambda case=case: Deferred.fromCoroutine(self._one(proxy, case)))
-            for case in cases
-        ]
+        places = DeferredSemaphore(CONCURRENT)
+        running = [places.run(self._one, proxy, case) for case in cases]
         await gatherResults(running, consumeErrors=True)
         await self._quiet(proxy)
 
@@ -217,7 +232,7 @@ class Sweep:
         if case.read == 0:
             await turns(1)  # the request is out
             client.leave()
-        await client.when(lambda received: Answer(received).whole)
+        await client.when(lambda received: self.is_over(case, received))
         case.got = client.answer()
         if client.left_at is None:
             client.leave()
@@ -225,6 +240,10 @@ class Sweep:
             await turns()
             client.transport.loseConnection()
         await client.closed
+
+    def is_over(self, case: Case, received: bytes) -> bool:
+        """The client need not wait any longer."""
+        return Answer(received).whole
 
     async def _quiet(self, proxy: ProxyHandle) -> None:
         """Until nothing is in flight; a leak would be in flight for ever."""
@@ -244,10 +263,8 @@ class Sweep:
         """Each request has its row and its bill; the result counts outcomes."""
         outcomes: Counter[str] = Counter()
         rows: dict[int, list[tuple[str, str, dict[str, int]]]] = {}
-        for rid, state, outcome, *counts in proxy.rows(
-            "rid, state, outcome, prompt, completion, embedding"
-        ):
-            known = {kind: n for kind, n in zip(KINDS, counts, strict=True) if n is not None}
+        for state, outcome, *numbers in proxy.rows("state, outcome, prompt, completion, embedding"):
+            known = {kind: n for kind, n in zip(KINDS, numbers, strict=True) if n is not None}
             number = known.get("prompt", known.get("embedding", PROMPT - 1)) - PROMPT
             rows.setdefault(number, []).append((state, outcome, known))
             outcomes[outcome] += 1
@@ -263,7 +280,8 @@ class Sweep:
     def _bills(self, proxy: ProxyHandle) -> dict[int, dict[str, int]]:
         found: dict[int, dict[str, int]] = {}
         by_rid: dict[str, dict[str, int]] = {}
-        for rid, product, quantity in proxy.query("SELECT rid, product, quantity FROM event_oneoff"):
+        events = proxy.query("SELECT rid, product, quantity FROM event_oneoff")
+        for rid, product, quantity in events:
             bill = by_rid.setdefault(rid, {})
             assert product not in bill
             bill[product.removeprefix("m/gpu/")] = quantity
@@ -307,7 +325,7 @@ async def size_of_answer(proxy: ProxyHandle, sweep: Sweep, speech: Speech, strea
     return len(answer.raw)
 
 
-@pytest.mark.parametrize(("speech", "stream"), SPEECHES, ids=names)
+@pytest.mark.parametrize(("speech", "stream"), SPEECHES, ids=NAMES)
 @pytest.mark.timeout(900 if LONG else 120)
 @pytest_twisted.ensureDeferred
 async def test_who_reads_so_many_bytes_and_leaves_is_billed_once_and_exactly(
@@ -317,7 +335,7 @@ async def test_who_reads_so_many_bytes_and_leaves_is_billed_once_and_exactly(
     began = time.monotonic()
     async with sweep.running() as proxy:
         size = await size_of_answer(proxy, sweep, speech, stream)
-        step = 1 if (speech, stream) == (CHAT, True) else 13
+        step = 1 if (speech, stream) == (CHAT, True) else 7
         cases = [
             sweep.case(speech, stream, way, read=read)
             for read in offsets(size, step)
@@ -329,7 +347,7 @@ async def test_who_reads_so_many_bytes_and_leaves_is_billed_once_and_exactly(
     report(name, requests=len(sweep.cases), seconds=time.monotonic() - began, **outcomes)
 
 
-@pytest.mark.parametrize(("speech", "stream"), SPEECHES, ids=names)
+@pytest.mark.parametrize(("speech", "stream"), SPEECHES, ids=NAMES)
 @pytest.mark.timeout(900 if LONG else 120)
 @pytest_twisted.ensureDeferred
 async def test_who_leaves_when_so_much_has_come_is_billed_once_and_exactly(
@@ -338,7 +356,7 @@ async def test_who_leaves_when_so_much_has_come_is_billed_once_and_exactly(
     sweep = Sweep(tmp_path)
     began = time.monotonic()
     size = len(b"".join(answer_parts(speech, 0, stream)))
-    step = 1 if (speech, stream) == (CHAT, True) else 13
+    step = 1 if (speech, stream) == (CHAT, True) else 7
     cases = [
         sweep.case(speech, stream, way, sent=sent)
         for sent in offsets(size, step)
@@ -350,3 +368,163 @@ async def test_who_leaves_when_so_much_has_come_is_billed_once_and_exactly(
         outcomes = sweep.verify(proxy)
     name = f"hang-up, bytes sent, {speech.name}{' stream' if stream else ''}"
     report(name, requests=len(sweep.cases), seconds=time.monotonic() - began, **outcomes)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_leaves_within_the_request_leaves_no_row(tmp_path: Path) -> None:
+    request = Case(0, CHAT, True, Way.FIN).request()
+    async with Sweep(tmp_path).running() as proxy:
+        for way in WAYS:
+            for sent in offsets(len(request), 3):
+                if sent == len(request):
+                    continue
+                client = await connectProtocol(
+                    TCP4ClientEndpoint(reactor, "127.0.0.1", proxy.port), Leaver(way, None)
+                )
+                client.send(request[:sent])
+                await turns(2)
+                client.leave()
+                await client.closed
+        assert await proxy.settled(0) == []
+        assert proxy.bill() == {}
+
+
+# -- on_disconnect = "cancel" --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """So much has come of a stream, and so the row must be closed."""
+
+    sent: int
+    state: str
+    counts: dict[str, int]
+
+
+STEP = 10
+"""Completion tokens from one running count to the next: the chunks can't be what is billed."""
+
+
+def running_stream(speech: Speech, number: int) -> list[bytes]:
+    """The events of a stream with running counts, where the dialect has such."""
+    prompt, counted = PROMPT + number, speech in (CHAT, COMPLETIONS)
+    tokens = [
+        speech.token(usage_of(prompt, STEP * (n + 1)) if counted else None) for n in range(TOKENS)
+    ]
+    return [*speech.begin(prompt), *tokens, *speech.end(prompt, COMPLETION + number)]
+
+
+def verdicts(speech: Speech, number: int) -> list[tuple[str, dict[str, int]]]:
+    """How a row is closed when so many events have come."""
+    prompt, final = PROMPT + number, ("settled", speech.bill(PROMPT + number, COMPLETION + number))
+    counted = range(1, TOKENS + 1)
+    nothing: tuple[str, dict[str, int]] = ("orphan", {})
+    if speech is MESSAGES:
+        known = [("estimated", speech.bill(prompt, n)) for n in (0, *counted)]
+        return [nothing, *known, final, final]
+    if speech is RESPONSES:
+        return [nothing, *[("estimated", {"completion": n}) for n in (0, *counted)], final]
+    return [nothing, *[("settled", speech.bill(prompt, STEP * n)) for n in counted], final, final]
+
+
+def moments(speech: Speech, number: int) -> Iterable[Moment]:
+    """Every byte in the long form; in the short one those around each event's end."""
+    parts = [head(200, CHUNKED), *map(chunk, running_stream(speech, number))]
+    # An event's data is known before its line and the event have ended: less LF LF, CRLF.
+    ends = [end - 4 for end in itertools.accumulate(map(len, parts))][1:]
+    near = {sent for end in ends for sent in (end - 1, end, end + 1, end + 2, end + 4)}
+    size = sum(map(len, parts))
+    for sent in range(size + 1) if LONG else sorted({0, len(parts[0]), size, *near}):
+        yield Moment(sent, *verdicts(speech, number)[sum(end <= sent for end in ends)])
+
+
+class CancelSweep(Sweep):
+    """The backend goes silent at the moment, and its connection must be closed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, on_disconnect="cancel", usage="continuous")
+
+    def cut_script(self, case: Case, raw: bytes) -> list[Any]:
+        if case.stream:
+            parts = map(chunk, running_stream(case.speech, case.number))
+            raw = head(200, CHUNKED) + b"".join(parts)
+        return [raw[: case.sent], Turns(), Call(case.client.leave), Stall()]
+
+    def is_over(self, case: Case, received: bytes) -> bool:
+        return False
+
+    async def leave(
+        self, proxy: ProxyHandle, case: Case
+    ) -> tuple[str, str | None, dict[str, int], dict[str, int], float]:
+        """Do one; its row, its bill, and how long the backend's connection was still open."""
+        before = {rid for (rid,) in proxy.rows("rid")}
+        await self.run(proxy, [case])
+        assert case.backend_connection is not None
+        assert case.client.left_at is not None
+        closed = await case.backend_connection.when_closed()
+        [(rid, state, outcome, *counts)] = [
+            row
+            for row in proxy.rows("rid, state, outcome, prompt, completion, embedding")
+            if row[0] not in before
+        ]
+        known = {kind: n for kind, n in zip(KINDS, counts, strict=True) if n is not None}
+        events = proxy.query(f"SELECT product, quantity FROM event_oneoff WHERE rid = '{rid}'")
+        bill = {product.removeprefix("m/gpu/"): quantity for product, quantity in events}
+        assert len(bill) == len(events)
+        return state, outcome, known, bill, closed - case.client.left_at
+
+
+@pytest.mark.parametrize("speech", [each for each in ALL if each.streams], ids=lambda s: s.name)
+@pytest.mark.timeout(900 if LONG else 120)
+@pytest_twisted.ensureDeferred
+async def test_a_cancelled_stream_is_billed_to_its_last_event_and_closed_at_once(
+    tmp_path: Path, speech: Speech
+) -> None:
+    sweep, slowest = CancelSweep(tmp_path), 0.0
+    async with sweep.running() as proxy:
+        for way, moment in itertools.product(WAYS, list(moments(speech, 0))):
+            case = sweep.case(speech, True, way, sent=moment.sent)
+            [there] = [each for each in moments(speech, case.number) if each.sent == moment.sent]
+            state, outcome, counts, bill, took = await sweep.leave(proxy, case)
+            assert (state, outcome, counts) == (there.state, "client_gone", there.counts), case
+            assert bill == there.counts, case
+            assert b"usage" not in case.got.body or speech is MESSAGES, case
+            assert took < CANCEL_S, case
+            slowest = max(slowest, took)
+    name = f"hang-up, cancel, {speech.name} stream"
+    report(name, requests=len(sweep.cases), slowest_close_s=slowest)
+
+
+@pytest.mark.parametrize("speech", ALL, ids=lambda s: s.name)
+@pytest_twisted.ensureDeferred
+async def test_a_cancelled_answer_of_which_nothing_is_known_is_left_to_the_operator(
+    tmp_path: Path, speech: Speech
+) -> None:
+    sweep, slowest = CancelSweep(tmp_path), 0.0
+    size = len(answer_parts(speech, 0, False)[0])
+    async with sweep.running() as proxy:
+        for way, sent in itertools.product(WAYS, offsets(size, 41)):
+            if sent == size:
+                continue
+            case = sweep.case(speech, False, way, sent=sent)
+            state, outcome, counts, bill, took = await sweep.leave(proxy, case)
+            assert (state, outcome, counts, bill) == ("orphan", "client_gone", {}, {}), case
+            assert took < CANCEL_S, case
+            slowest = max(slowest, took)
+    report(f"hang-up, cancel, {speech.name}", requests=len(sweep.cases), slowest_close_s=slowest)
+
+
+# -- the experiment itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["drop-on-disconnect", "running-count-on-disconnect"])
+@pytest_twisted.ensureDeferred
+async def test_the_sweep_finds_a_planted_fault(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken.plant(fault, monkeypatch.setattr)
+    sweep = Sweep(tmp_path)
+    async with sweep.running() as proxy:
+        await sweep.run(proxy, [sweep.case(CHAT, True, way, sent=300) for way in WAYS])
+        with pytest.raises(AssertionError):
+            sweep.verify(proxy)

@@ -9,16 +9,11 @@ only the last request can have no header.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
-import os
 import random
-import sqlite3
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
@@ -26,11 +21,11 @@ from pathlib import Path
 import pytest
 from figures import LONG, report
 from load import Asked, Load, Plan, until
-from server_process import free_port, get_status
+from rig import Rig
 
-from llmproxy.storage.sqlite import connect, from_text, prepare
+from llmproxy.storage.sqlite import from_text
 
-HERE = Path(__file__).parent
+BROKEN = Path(__file__).with_name("broken.py")
 CLIENTS = 200
 KILLS = 1000 if LONG else 20
 #: How long the load lasts before a kill; one in four lasts long, so that there are checkpoints.
@@ -94,77 +89,24 @@ class Experiment:
     """A proxy in a process that is killed, its backend, its clients, and the three records."""
 
     def __init__(self, folder: Path, command: Sequence[str], seed: int) -> None:
-        self.folder = folder
-        self.database = folder / "db.sqlite"
-        self.log = folder / "backend.log"
-        self.port, self.admin_port = free_port(), free_port()
+        self.rig = Rig(folder, clients=CLIENTS, command=command)
         self.random = random.Random(seed)
-        self.load = Load(self.port, CLIENTS, Plan(random.Random(seed + 1)))
+        self.load = Load(self.rig.port, CLIENTS, Plan(random.Random(seed + 1)))
         self.starts: list[float] = []
         self.findings = Findings()
-        self._command = command
 
     def run(self, kills: int) -> Findings:
         """All of it; the findings say what is wrong."""
-        self._add_keys()
-        with self._backend() as url:
-            self._configure(url)
+        with self.rig.backend() as url:
+            self.rig.configure(url)
             asyncio.run(self._kill_and_start(kills))
         self._verify()
         return self.findings
 
-    def _add_keys(self) -> None:
-        prepare(self.database)
-        connection = connect(self.database)
-        keys = [(n, hashlib.sha256(Load.key(n).encode()).hexdigest()) for n in range(CLIENTS)]
-        connection.executemany(
-            "INSERT INTO api_key (id, secret, type) VALUES (?, ?, 'LLM')",
-            [(f"{n}", secret) for n, secret in keys],
-        )
-        connection.close()
-
-    def _configure(self, url: str) -> None:
-        (self.folder / "config.toml").write_text(f"""
-            host = "127.0.0.1"
-            port = {self.port}
-            drain_deadline = 0
-            [db]
-            uri = "sqlite://{self.database}"
-            [admin]
-            listen = ["tcp:{self.admin_port}:interface=127.0.0.1"]
-            [backends.m]
-            url = "{url}"
-            device = "gpu"
-        """)
-
-    @contextlib.contextmanager
-    def _backend(self) -> Iterator[str]:
-        with subprocess.Popen(
-            [sys.executable, HERE / "synced_backend.py", self.log],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-            process.communicate()
-            assert process.returncode == 0
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        with (self.folder / "proxy.log").open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, *self._command, "-c", "config.toml"],
-                cwd=self.folder,
-                env=os.environ | {"PYTHONPATH": str(HERE.parent.parent)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
     async def _kill_and_start(self, kills: int) -> None:
         for number in range(kills):
             if number % 10 == 5:  # in the middle of a start, too
-                process = self._start()
+                process = self.rig.start()
                 await asyncio.sleep(self.random.uniform(0.2, 0.8))
                 self._kill(process)
             process = await self._serving()
@@ -183,30 +125,15 @@ class Experiment:
         process.wait()
 
     async def _serving(self) -> subprocess.Popen[bytes]:
-        process = self._start()
-        url = f"http://127.0.0.1:{self.admin_port}/healthz"
-
-        def serves() -> bool:
-            assert process.poll() is None, (self.folder / "proxy.log").read_text()[-3000:]
-            return get_status(url) == 200
-
-        took = await until(serves, 30, "a start")
+        process, took = await self.rig.serving()
         self.findings.slowest_start_s = max(self.findings.slowest_start_s, took)
-        await until(lambda: not self._open_rows(), RECOVERY_S - took, "a recovery")
+        await until(lambda: not self.rig.open_rows(), RECOVERY_S - took, "a recovery")
         return process
-
-    def _open_rows(self) -> int:
-        connection = sqlite3.connect(self.database)
-        try:
-            query = "SELECT count(*) FROM ledger WHERE state = 'open'"
-            return int(connection.execute(query).fetchone()[0])
-        finally:
-            connection.close()
 
     # -- afterwards ------------------------------------------------------------------------
 
     def _verify(self) -> None:
-        rows, log = self._rows(), BackendLog.read(self.log)
+        rows, log = self._rows(), BackendLog.read(self.rig.backend_log)
         findings, asked = self.findings, self.load.asked
         findings.requests, findings.sent = len(asked), len(log.asked)
         findings.finished = sum(each.finished for each in asked)
@@ -217,46 +144,38 @@ class Experiment:
         for marker, times in log.asked.items():
             if times != 1:
                 findings.note("sent to the backend twice", marker)
-        for file in self.folder.glob("db.sqlite-owners/*"):
+        for file in self.rig.folder.glob("db.sqlite-owners/*"):
             findings.note("a lock file of the dead", file.name)
         for each in asked:
             if each.status not in (None, 200):
                 findings.note(f"refused with {each.status}", each.marker)
 
     def _rows(self) -> dict[str, Row]:
-        connection = sqlite3.connect(self.database)
         bills: dict[str, dict[str, list[int]]] = {}
-        for rid, product, quantity in connection.execute(
+        for rid, product, quantity in self.rig.query(
             "SELECT rid, product, quantity FROM event_oneoff"
         ):
             kind = product.removeprefix("m/gpu/")
             bills.setdefault(rid, {}).setdefault(kind, []).append(quantity)
         rows = {}
-        for rid, key, state, opened, *numbers in connection.execute(
-            f"SELECT {COLUMNS} FROM ledger"
-        ):
+        for rid, key, state, opened, *numbers in self.rig.query(f"SELECT {COLUMNS} FROM ledger"):
             counts = {kind: n for kind, n in zip(KINDS, numbers, strict=True) if n is not None}
             at = from_text(opened).astimezone(UTC).timestamp()
             rows[rid] = Row(rid, key, state, at, counts, bills.pop(rid, {}))
-        connection.close()
         for rid in bills:
             self.findings.note("a bill without a row", rid)
         return rows
 
     def _assign(self, rows: Mapping[str, Row]) -> dict[str, list[Row]]:
         """The rows of each request, by its marker."""
-        assigned = {
-            each.marker: [rows[each.rid]] for each in self.load.asked if each.rid in rows
-        }
-        known = {each.rid for each in self.load.asked}
+        assigned: dict[str, list[Row]] = {}
+        known = {each.rid: each for each in self.load.asked if each.rid is not None}
         headless = {
             (each.client, each.generation): each for each in self.load.asked if each.rid is None
         }
         for row in rows.values():
-            if row.rid in known:
-                continue
             generation = sum(start <= row.opened for start in self.starts) - 1
-            request = headless.get((int(row.key), generation))
+            request = known.get(row.rid) or headless.get((int(row.key), generation))
             if request is None:
                 self.findings.note("a row of no request", str(row))
             else:
@@ -330,7 +249,7 @@ def test_what_was_finished_before_a_kill_is_billed_once(tmp_path: Path) -> None:
 )
 @pytest.mark.timeout(180)
 def test_the_experiment_finds_a_planted_fault(tmp_path: Path, fault: str, found: str) -> None:
-    command = [str(HERE / "broken.py"), fault]
+    command = [str(BROKEN), fault]
     findings = Experiment(tmp_path, command, seed=1).run(kills=3)
     report(f"kill, {fault}", kills=3, **figures_of(findings))
     assert findings.wrong.get(found)

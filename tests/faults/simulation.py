@@ -1,0 +1,1131 @@
+"""A simulation of the proxy: one seed is one history, with everything that can go wrong in it.
+
+    clients ~~ Site, Channel, Exchange, Forward, GroupCommit, SQLite, Delivery ~~ backends
+    (fake)     (the real ones, one or two processes)                              (fake)
+
+Time, network, threads and the death of processes are simulated; the proxy's code and SQLite are
+real. After each history the promises are checked: one row per request that was sent, nothing
+complete without its bill, nothing billed twice, the backend's own number, and no byte of an answer
+that the backend did not send.
+
+    python tests/faults/simulation.py --seed 7 -v      replays one history, with what happened
+    python tests/faults/simulation.py --count 10000    looks for a history that breaks a promise
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import random
+import re
+import sqlite3
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from simulated_network import (
+    THERE,
+    SimReactor,
+    SimTransport,
+    World,
+    attach,
+    socket_pair,
+)
+from simulated_traffic import MODELS, Ask, make_ask
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint
+from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.iweb import IAgentEndpointFactory
+from zope.interface import implementer
+
+from llmproxy import auth, config, exchange, site
+from llmproxy.auth import Authenticator
+from llmproxy.backends import Backends
+from llmproxy.checkpoints import Checkpoints
+from llmproxy.config import Backend, Config
+from llmproxy.delivery import Delivery
+from llmproxy.endpoints import Shape
+from llmproxy.errors import StorageError
+from llmproxy.exchange import Services
+from llmproxy.forward import KEEPALIVE
+from llmproxy.metrics import Metrics
+from llmproxy.model import Event, Kind, Outcome, State, product
+from llmproxy.resource import make_root
+from llmproxy.site import Site
+from llmproxy.storage import IEventSink, journal
+from llmproxy.storage.journal import SQLiteLedger
+from llmproxy.storage.owners import Owners
+from llmproxy.storage.sqlite import SQLiteAccounts, connect, migrate
+from llmproxy.upstream import Upstream
+
+#: When histories begin: a Unix time.
+EPOCH = 1_800_000_000.0
+#: A history that is not quiet after this time hangs.
+LONGEST_S = 400.0
+#: How long a client waits for an answer before it calls that a fault.
+PATIENCE_S = 150.0
+#: What a history may take.
+MOST_STEPS = 200_000
+MARK = re.compile(rb"mark-(\d+)-")
+DRAIN_S = 20.0
+
+
+class BrokenPromise(AssertionError):
+    """A history in which a promise did not hold."""
+
+
+# -- the store -----------------------------------------------------------------------------
+
+
+class FaultyConnection:
+    """A connection on which the `at`th statement fails; with `late`, the commit does, too late."""
+
+    def __init__(self, connection: sqlite3.Connection, at: int, late: bool) -> None:
+        self._connection, self._at, self._late = connection, at, late
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.in_transaction
+
+    def execute(self, statement: str, *parameters: Any) -> Any:
+        if self._late:
+            result = self._connection.execute(statement, *parameters)
+            if statement == "COMMIT":
+                raise sqlite3.OperationalError("disk I/O error")
+            return result
+        self._count(statement)
+        return self._connection.execute(statement, *parameters)
+
+    def executemany(self, statement: str, rows: Any) -> Any:
+        self._count(statement)
+        return self._connection.executemany(statement, rows)
+
+    def _count(self, statement: str) -> None:
+        self._at -= 1
+        if self._at == 0 and statement != "ROLLBACK":
+            raise sqlite3.OperationalError("disk I/O error")
+
+
+class SimPool:
+    """One database thread: runs what it is given in order, later, and not always well."""
+
+    def __init__(self, world: World, reactor: SimReactor, store: Store) -> None:
+        self._world, self._reactor, self._store = world, reactor, store
+        self._jobs: deque[tuple[Callable[[Any], Any], Deferred[Any]]] = deque()
+        self._running: Callable[[Any], Any] | None = None
+
+    def runWithConnection(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
+        return self._add(lambda connection: work(connection, *args))
+
+    def runQuery(self, statement: str, parameters: Sequence[Any]) -> Deferred[Any]:
+        return self._add(lambda connection: connection.execute(statement, parameters).fetchall())
+
+    def _add(self, work: Callable[[Any], Any]) -> Deferred[Any]:
+        done: Deferred[Any] = Deferred()
+        self._jobs.append((work, done))
+        if len(self._jobs) == 1:
+            self._start()
+        return done
+
+    def _start(self) -> None:
+        self._running = self._jobs[0][0]
+        self._world.callLater(self._store.delay(), self._apply)
+
+    def _apply(self) -> None:
+        work, self._running = self._running, None
+        if self._reactor.dead or work is None:
+            return
+        try:
+            result = work(self._store.connection_now())
+        except Exception:
+            result = Failure()
+            self._world.say(f"store: {result.value}")
+        self._world.callLater(self._store.delay(), self._report, result)
+
+    def _report(self, result: Any) -> None:
+        if self._reactor.dead:
+            return
+        _, done = self._jobs.popleft()
+        if self._jobs:
+            self._start()
+        done.callback(result)
+
+    def crash(self) -> None:
+        """The process dies, perhaps in the middle of a commit, perhaps just after it."""
+        work, self._running = self._running, None
+        if work is not None and self._world.rng.random() < 0.5:
+            with contextlib.suppress(Exception):
+                work(self._store.connection_now())
+
+
+class Store:
+    """The database of a history, and its troubles."""
+
+    def __init__(self, world: World, after_schema: str = "") -> None:
+        rng = world.rng
+        self._world = world
+        self.connection = connect(":memory:")
+        migrate(self.connection)
+        if after_schema:
+            self.connection.executescript(after_schema)
+        self._rate = rng.choice((0.0, 0.0, 0.0, 0.1, 0.4))
+        begins = EPOCH + rng.uniform(0, 2)
+        self._down = (begins, begins + (rng.uniform(0, 6) if rng.random() < 0.15 else 0))
+        self._slow = rng.choice((0.0, 0.0001, 0.01, 0.1))
+
+    def add_key(self, key: str, expires: str | None = None) -> None:
+        secret = hashlib.sha256(key.encode()).hexdigest()
+        self.connection.execute(
+            "INSERT INTO api_key (id, secret, type, expires) VALUES (?, ?, 'LLM', ?)",
+            (key, secret, expires),
+        )
+
+    def delay(self) -> float:
+        rng = self._world.rng
+        if self._rate and rng.random() < 0.03:
+            return rng.uniform(0.5, 3)
+        return rng.random() * self._slow
+
+    def connection_now(self) -> Any:
+        """The connection, well or not."""
+        rng = self._world.rng
+        down = self._down[0] <= self._world.seconds() < self._down[1]
+        if down or rng.random() < self._rate:
+            kind = rng.choice(("locked", "midway", "late"))
+            at = 1 if kind == "locked" else rng.randint(2, 5)
+            return FaultyConnection(self.connection, at, kind == "late")
+        return self.connection
+
+    def rows(self) -> list[dict[str, Any]]:
+        cursor = self.connection.execute("SELECT * FROM ledger ORDER BY rid")
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    def row_of(self, number: int) -> dict[str, Any] | None:
+        found = [row for row in self.rows() if row["api_key"] == f"key-{number}"]
+        return found[0] if found else None
+
+
+@implementer(IEventSink)
+class Sink:
+    """Where events are delivered; it may be slow, fail, fail half-way, or fail too late."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._rate = world.rng.choice((0.0, 0.2, 0.5))
+        self.events: list[Event] = []
+        self.keyed = True
+
+    def deliver(self, events: Sequence[Event]) -> Deferred[None]:
+        done: Deferred[None] = Deferred()
+        self._world.callLater(self._world.latency(), self._store, list(events), done)
+        return done
+
+    def _store(self, events: list[Event], done: Deferred[None]) -> None:
+        rng = self._world.rng
+        failed = rng.random() < self._rate
+        kept = events[: rng.randint(0, len(events))] if failed else events
+        there = {(event.rid, event.product) for event in self.events}
+        self.events += [e for e in kept if not self.keyed or (e.rid, e.product) not in there]
+        result: Any = Failure(StorageError("no answer")) if failed else None
+        self._world.callLater(self._world.latency(), self._answer, done, result)
+
+    def _answer(self, done: Deferred[None], result: Any) -> None:
+        if not done.called:
+            done.callback(result)
+
+
+# -- the proxy -----------------------------------------------------------------------------
+
+
+class SimOwners(Owners):
+    """Which processes of the history live."""
+
+    def __init__(self, me: str, dead: set[str]) -> None:
+        self.me = me
+        self._dead = dead
+
+    def is_dead(self, owner: str) -> bool:
+        return owner in self._dead
+
+    def bury(self, owner: str) -> None:
+        if owner not in self._dead:
+            raise BrokenPromise(f"{owner} was buried alive")
+
+
+@cache
+def settings() -> Config:
+    """The configuration of the simulated proxies."""
+    backends = {
+        name: {
+            "url": f"http://127.0.0.1:{8001 + number}",
+            "device": "sim",
+            "usage": usage,
+            "on_disconnect": on_disconnect,
+            "drain_timeout": DRAIN_S,
+        }
+        for number, (name, (usage, on_disconnect)) in enumerate(MODELS.items())
+    }
+    mapping = {
+        "timeout_read": 5,
+        "timeout_connect": 1,
+        "keepalive_interval": 2,
+        "backends": backends,
+    }
+    return config.parse(mapping, Path("/nowhere"))
+
+
+@cache
+def shared_metrics() -> Metrics:
+    """Making them takes longer than a history does."""
+    return Metrics("simulated", settings().backends)
+
+
+@implementer(IAgentEndpointFactory)
+class Endpoints:
+    """Real client endpoints, on the reactor of a process."""
+
+    def __init__(self, reactor: SimReactor) -> None:
+        self._reactor = reactor
+
+    def endpointForURI(self, uri: Any) -> TCP4ClientEndpoint:
+        return TCP4ClientEndpoint(self._reactor, "127.0.0.1", uri.port, timeout=1)
+
+
+class Process:
+    """One proxy, from its start to its death."""
+
+    def __init__(self, history: History, name: str) -> None:
+        self.name = name
+        self.world = history.world
+        self.reactor = SimReactor(history.world)
+        self.reactor.accept = history.accept_backend
+        self.listening = False
+        self.pools = [SimPool(self.world, self.reactor, history.store) for _ in range(2)]
+        pool: Any = self.pools[0]
+        self.ledger = SQLiteLedger(
+            pool, self.reactor, SimOwners(name, history.dead), bills_here=history.bills_here
+        )
+        self.delivery: Delivery | None = None
+        if not history.bills_here:
+            jitter = self.world.rng.random
+            self.delivery = Delivery(self.ledger, history.sink, self.reactor, jitter=jitter)
+            self.ledger.notify = self.delivery.notify
+            self.delivery.startService()
+        self.services = self._services()
+        root = make_root(self.services, 0)
+        self.site = Site(
+            root,
+            self.reactor,
+            metrics=shared_metrics(),
+            monotonic=self.reactor.seconds,
+            origin="*",
+        )
+        self.ledger.recover().addCallback(self._recovered, history)
+
+    def _services(self) -> Services:
+        accounts_pool: Any = self.pools[1]
+        backends = Backends(self._connect)
+        backends.swap(settings().backends)
+        checkpoints = Checkpoints(self.ledger, self.reactor)
+        checkpoints.startService()
+        return Services(
+            config=settings(),
+            clock=self.reactor,
+            monotonic=self.reactor.seconds,
+            authenticator=Authenticator(
+                SQLiteAccounts(accounts_pool), self.reactor, fresh_s=1, stale_max_s=300
+            ),
+            backends=backends,
+            ledger=self.ledger,
+            checkpoints=checkpoints,
+            metrics=shared_metrics(),
+        )
+
+    def _connect(self, backend: Backend) -> Upstream:
+        pool = HTTPConnectionPool(self.reactor)
+        pool.cachedConnectionTimeout = 4
+        pool.retryAutomatically = False
+        agent = Agent.usingEndpointFactory(self.reactor, Endpoints(self.reactor), pool)
+        return Upstream(backend, agent, self.reactor, close=pool.closeCachedConnections)
+
+    def _recovered(self, found: Mapping[State, int], history: History) -> None:
+        self.world.say(f"{self.name}: recovered {dict(found)}")
+        history.check_recovery(self)
+        self.listening = True
+
+    def connect(self, clients: SimReactor, client: Client) -> SimTransport | None:
+        """A client's connection; None if it is refused."""
+        if not self.listening or self.reactor.dead:
+            return None
+        theirs, ours = socket_pair(self.world)
+        channel: Any = self.site.buildProtocol(THERE)
+        attach(self.reactor, ours, channel)
+        return attach(clients, theirs, client)
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is in flight here."""
+        return self.reactor.dead or (
+            self.listening and not self.services.exchanges and not self.ledger.writer.pending
+        )
+
+    def kill(self) -> None:
+        for pool in self.pools:
+            pool.crash()
+        self.reactor.kill()
+
+    def stop(self) -> None:
+        """As the service does at its end."""
+        if self.reactor.dead:
+            return
+        self.services.checkpoints.stopService()
+        if self.delivery is not None:
+            self.delivery.stopService()
+        self.services.backends.close()
+        for channel in list(self.site.connections):
+            channel.loseConnection()
+
+    def leftovers(self) -> list[str]:
+        """What should be gone after `stop`."""
+        if self.reactor.dead:
+            return []
+        found = [f"exchange of {self.name} still runs" for _ in self.services.exchanges]
+        found += [f"connection of {self.name} is open" for _ in self.reactor.transports]
+        return found + [f"delayed call: {call}" for call in self.reactor.getDelayedCalls()]
+
+
+# -- the backend ---------------------------------------------------------------------------
+
+
+class BackendEnd(Protocol):
+    """A backend's side of one connection: reads a request, does what its plan says."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self._buffer = b""
+        self._ask: Ask | None = None
+        self._call: IDelayedCall | None = None
+        self._transport: SimTransport
+
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        self._transport = transport
+
+    def dataReceived(self, data: bytes) -> None:
+        self._buffer += data
+        if self._ask is None and _whole_request(self._buffer):
+            self._serve()
+
+    def _serve(self) -> None:
+        request, self._buffer = self._buffer, b""
+        ask = self._ask = self._history.arrived(request)
+        world = self._history.world
+        think = world.rng.choices((0.0, 0.02, 3.0, 8.0), (60, 30, 4, 1))[0] * world.rng.random()
+        self._later(think, self._send, deque(ask.plan.pieces))
+
+    def _send(self, pieces: deque[tuple[float, bytes]]) -> None:
+        if pieces:
+            delay, piece = pieces.popleft()
+            self._transport.write(piece)
+            self._later(delay, self._send, pieces)
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        world = self._history.world
+        assert self._ask is not None
+        after, self._ask = self._ask.plan.after, None
+        if after == "close":
+            self._later(world.rng.random() * 0.01, self._transport.loseConnection)
+        elif after == "reset":
+            self._transport.abortConnection()
+        elif after == "stall":
+            self._later(60, self._transport.abortConnection)
+        elif world.rng.random() < 0.2:  # an idle connection's end
+            self._later(world.rng.random() * 3, self._transport.loseConnection)
+
+    def _later(self, delay: float, act: Callable[..., None], *args: Any) -> None:
+        self._stop()
+        self._call = self._history.backends.callLater(delay, act, *args)
+
+    def _stop(self) -> None:
+        if self._call is not None and self._call.active():
+            self._call.cancel()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._stop()
+        if self._ask is None and self._buffer:
+            self._history.arrived_in_part(self._buffer)
+
+
+def _whole_request(data: bytes) -> bool:
+    head, found, body = data.partition(b"\r\n\r\n")
+    if not found:
+        return False
+    length = re.search(rb"(?i)content-length: *(\d+)", head)
+    return len(body) >= int(length[1]) if length else body.endswith(b"0\r\n\r\n")
+
+
+# -- the client ----------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What a client saw of one answer."""
+
+    status: int = 0
+    body: bytearray = field(default_factory=bytearray)
+    whole: bool = False
+    fields: dict[bytes, bytes] = field(default_factory=dict)
+    released: bool = False
+
+
+class Client(Protocol):
+    """A client with one connection: sends its requests, and leaves when it likes."""
+
+    def __init__(self, history: History, process: str, asks: list[Ask]) -> None:
+        rng = history.world.rng
+        self.asks = asks
+        self.process = process
+        self.over = False
+        self.left = False
+        self._history = history
+        self._transport: SimTransport | None = None
+        self._pipelined = rng.random() < 0.3
+        self._pace = rng.choices((0.0, 0.01, 0.5), (80, 12, 3))[0]
+        self._leave_bytes = rng.choice((1, 30, 300, 500, 900)) if rng.random() < 0.25 else None
+        self._leave_s = rng.random() * rng.choice((0.01, 0.1, 1, 5))
+        self._leaves_in_time = rng.random() < 0.2
+        self._received = 0
+        self._buffer = b""
+        self._at = 0
+        self._calls: list[IDelayedCall] = []
+        self._unsent: deque[tuple[float, bytes]] = deque()
+
+    def begin(self) -> None:
+        """Connect."""
+        process = self._history.processes[self.process]
+        if process.connect(self._history.clients, self) is None:
+            self.over = True
+            return
+        self._later(PATIENCE_S, self._hangs)
+        if self._leaves_in_time:
+            self._later(self._leave_s, self._leave)
+        asks = self.asks if self._pipelined else self.asks[:1]
+        self._send(b"".join(ask.data for ask in asks))
+
+    def connectionMade(self) -> None:
+        transport: Any = self.transport
+        self._transport = transport
+
+    def _later(self, delay: float, act: Callable[..., None], *args: Any) -> None:
+        self._calls.append(self._history.clients.callLater(delay, act, *args))
+
+    def _send(self, data: bytes) -> None:
+        """Send after what is on its way, and not always at once."""
+        rng = self._history.world.rng
+        cut = len(data) if rng.random() < 0.6 else rng.randint(1, len(data))
+        pause_s = rng.random() * rng.choice((0.001, 0.1, 0.1, 0.1, 4))
+        self._unsent += [(0.0, data[:cut]), (pause_s, data[cut:])]
+        if len(self._unsent) == 2:
+            self._write_on()
+
+    def _write_on(self) -> None:
+        if self._transport is None:
+            return
+        self._transport.write(self._unsent.popleft()[1])
+        if self._unsent:
+            self._later(self._unsent[0][0], self._write_on)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._received += len(data)
+        self._buffer += data
+        while self._at < len(self.asks) and self._parse(self._history.seen[self._ask.number]):
+            self._at += 1
+            if self._at == len(self.asks):
+                self._later(self._history.world.rng.random(), self._leave)
+            elif not self._pipelined:
+                self._send(self._ask.data)
+        if self._leave_bytes is not None and self._received >= self._leave_bytes:
+            self._leave()
+        elif self._pace and self._transport is not None:
+            self._transport.pauseProducing()
+            self._later(self._pace * self._history.world.rng.random(), self._read_on)
+
+    def _read_on(self) -> None:
+        if self._transport is not None:
+            self._transport.resumeProducing()
+
+    @property
+    def _ask(self) -> Ask:
+        return self.asks[self._at]
+
+    def _parse(self, seen: Seen) -> bool:
+        """Take what has come of an answer; True when it is whole."""
+        if not seen.status and not self._parse_head(seen):
+            return False
+        if seen.fields.get(b"transfer-encoding") == b"chunked":
+            self._parse_chunks(seen)
+        else:
+            size = int(seen.fields.get(b"content-length", b"0"))
+            if seen.status == 204:
+                size = 0
+            taken = size - len(seen.body)
+            seen.body += self._buffer[:taken]
+            self._buffer = self._buffer[taken:]
+            seen.whole = len(seen.body) == size
+        self._history.check_release(self._ask, seen)
+        return seen.whole
+
+    def _parse_head(self, seen: Seen) -> bool:
+        head, found, rest = self._buffer.partition(b"\r\n\r\n")
+        if not found:
+            return False
+        self._buffer = rest
+        line, *lines = head.split(b"\r\n")
+        status = int(line.split()[1])
+        if status == 100:
+            return self._parse_head(seen)
+        seen.status = status
+        for text in lines:
+            name, _, value = text.partition(b": ")
+            seen.fields[name.lower()] = value
+        return True
+
+    def _parse_chunks(self, seen: Seen) -> None:
+        while not seen.whole:
+            size_text, found, rest = self._buffer.partition(b"\r\n")
+            if not found:
+                return
+            size = int(size_text, 16)
+            if len(rest) < size + 2:
+                return
+            seen.body += rest[:size]
+            self._buffer = rest[size + 2 :]
+            seen.whole = size == 0
+
+    def _leave(self) -> None:
+        if self._transport is not None and not self.left:
+            self.left = True
+            reset = self._history.world.rng.random() < 0.4
+            self._history.world.say(f"client {self.names} leaves ({'RST' if reset else 'FIN'})")
+            if reset:
+                self._transport.abortConnection()
+            else:
+                self._transport.loseConnection()
+
+    def _hangs(self) -> None:
+        self._history.broken(f"client {self.names} got no end of its answer")
+
+    @property
+    def names(self) -> str:
+        return ",".join(str(ask.number) for ask in self.asks)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._transport = None
+        self.over = True
+        for call in self._calls:
+            if call.active():
+                call.cancel()
+
+
+# -- a history -----------------------------------------------------------------------------
+
+
+class History:
+    """Everything that happens from one seed."""
+
+    def __init__(self, seed: int, say: Callable[[str], None]) -> None:
+        rng = random.Random(seed)
+        self.world = World(rng, self._say)
+        self.world.rightNow = EPOCH
+        self._tell = say
+        self.store = Store(self.world, SCHEMA_HOOK[0])
+        self.sink = Sink(self.world)
+        self.sink.keyed = not SCHEMA_HOOK[0]
+        self.bills_here = rng.random() < 0.6
+        self.dead: set[str] = set()
+        self.crashed: set[int] = set()
+        self.log: dict[int, Ask] = {}
+        self.in_part: set[int] = set()
+        self.seen: dict[int, Seen] = {}
+        self.clients, self.backends = SimReactor(self.world), SimReactor(self.world)
+        self.processes: dict[str, Process] = {}
+        self.all_processes: list[Process] = []
+        self.ends: list[Client] = []
+        self.faults: list[str] = []
+        self._refusals = rng.choice((0.0, 0.0, 0.1, 0.5))
+        self._rids = 0
+        self._ending = False
+        self._make(rng)
+
+    def _make(self, rng: random.Random) -> None:
+        self.asks = {n: make_ask(rng, n) for n in range(1, rng.randint(1, 6) + 1)}
+        for number in self.asks:
+            self.store.add_key(f"key-{number}")
+            self.seen[number] = Seen()
+        self.store.add_key("expired", "2001-01-01")
+        slots = ["a", "b"] if rng.random() < 0.3 else ["a"]
+        for slot in slots:
+            self._start(slot)
+        waiting = list(self.asks.values())
+        while waiting:
+            taken = rng.choice((1, 1, 2, 3))
+            client = Client(self, rng.choice(slots), waiting[:taken])
+            waiting = waiting[taken:]
+            self.ends.append(client)
+            begins = 0.01 + rng.random() * rng.choice((0.0, 0.1, 2.0))
+            self.world.callLater(begins, self._begin, client)
+        for _ in range(rng.choice((0, 0, 1, 1, 2))):
+            crash_s = rng.random() * rng.choice((0.05, 0.3, 1.0, 3.0))
+            self.world.callLater(crash_s, self._crash, rng.choice(slots))
+
+    def _begin(self, client: Client) -> None:
+        if not self.processes[client.process].listening and self.world.seconds() < EPOCH + 60:
+            self.world.callLater(0.3, self._begin, client)
+        else:
+            client.begin()
+
+    def _say(self, text: str) -> None:
+        self._tell(f"{self.world.seconds() - EPOCH:9.4f}  {text}")
+
+    def _start(self, slot: str) -> None:
+        name = f"{slot}{len(self.all_processes)}"
+        self.processes[slot] = process = Process(self, name)
+        self.all_processes.append(process)
+        self._say(f"{name} starts")
+
+    def _crash(self, slot: str) -> None:
+        process = self.processes[slot]
+        if process.reactor.dead or self._ending:
+            return
+        self._say(f"{process.name} dies")
+        for client in self.ends:
+            if client.process == slot and not client.over:
+                self.crashed.update(ask.number for ask in client.asks)
+        process.kill()
+        self.dead.add(process.name)
+        self.world.callLater(self.world.rng.random(), self._start, slot)
+
+    def accept_backend(self, reactor: SimReactor) -> SimTransport | None:
+        """A connection to a backend."""
+        if self.world.rng.random() < self._refusals:
+            self._say("backend refuses a connection")
+            return None
+        _, theirs = socket_pair(self.world)
+        return attach(self.backends, theirs, BackendEnd(self))
+
+    # -- promises that can be checked while it happens -------------------------------------
+
+    def broken(self, text: str) -> None:
+        """A promise was not kept."""
+        self._say(f"BROKEN: {text}")
+        self.faults.append(text)
+
+    def _asked(self, data: bytes) -> int | None:
+        match = MARK.search(data)
+        return int(match[1]) if match else None
+
+    def arrived(self, request: bytes) -> Ask:
+        """A request is at a backend: it has an open row."""
+        number = self._asked(request)
+        if number is None:
+            raise BrokenPromise("a backend got what no client sent")
+        ask = self.asks[number]
+        self._say(f"request {number} is at {ask.model} ({ask.endpoint.path})")
+        if number in self.log:
+            self.broken(f"request {number} was sent twice")
+        if ask.refusal is not None:
+            self.broken(f"request {number} was forwarded; it should have got {ask.refusal}")
+        self.log[number] = ask
+        self._check_open(number)
+        return ask
+
+    def arrived_in_part(self, data: bytes) -> None:
+        """A part of a request is at a backend."""
+        number = self._asked(data)
+        if number is not None:
+            self.in_part.add(number)
+
+    def _check_open(self, number: int) -> None:
+        row = self.store.row_of(number)
+        if row is None:
+            self.broken(f"request {number} was sent before its row was written")
+        elif row["state"] != State.OPEN and number not in self.crashed:
+            self.broken(f"request {number} was sent when its row was {row['state']}")
+
+    def check_release(self, ask: Ask, seen: Seen) -> None:
+        """The end of an answer is out: its bill is durable."""
+        plan = ask.plan
+        if seen.status != 200 or seen.released or ask.number not in self.log:
+            return
+        if plan.is_result and (not plan.stream or plan.marker in seen.body or seen.whole):
+            seen.released = True
+            row = self.store.row_of(ask.number)
+            state = row["state"] if row else "not there"
+            self._say(f"request {ask.number}: the end of its answer came, its row is {state}")
+            if state in ("open", "not there"):
+                self.broken(f"request {ask.number}: released while its row was {state}")
+
+    def check_recovery(self, process: Process) -> None:
+        """Rows of the dead are closed, rows of the living are not."""
+        for row in self.store.rows():
+            if row["owner"] in self.dead and row["state"] == State.OPEN:
+                self.broken(f"row {row['rid']} of dead {row['owner']} is open after recovery")
+            if row["owner"] not in self.dead and self._closed_by_recovery(row):
+                self.broken(f"row {row['rid']} of living {row['owner']} was closed by recovery")
+
+    def _closed_by_recovery(self, row: Mapping[str, Any]) -> bool:
+        return row["state"] != State.OPEN and row["outcome"] is None
+
+    # -- from beginning to end -------------------------------------------------------------
+
+    def run(self) -> None:
+        """Let it happen, then check what is left."""
+        for number, ask in self.asks.items():
+            what = f"{ask.plan.status} lie={ask.plan.lie!r} broken={ask.plan.broken}"
+            where = f"{ask.endpoint.path} {ask.model} stream={ask.plan.stream}"
+            self._say(f"ask {number}: {where} refusal={ask.refusal}, plan: {what}")
+        self._until(lambda: self._quiet, "not quiet")
+        self._say("all is quiet")
+        self._ending = True
+        for process in self.all_processes:
+            process.stop()
+        self._until(lambda: not self.world.calls, "delayed calls are left")
+        self._check()
+
+    def _until(self, done: Callable[[], bool], text: str) -> None:
+        deadline, steps = self.world.seconds() + LONGEST_S, 0
+        look_at = 0.0
+        while self.world.calls:
+            if self.world.seconds() >= look_at:
+                if done():
+                    return
+                look_at = self.world.seconds() + 0.2
+            self.world.step()
+            steps += 1
+            if self.world.seconds() > deadline or steps > MOST_STEPS:
+                calls = [str(call) for call in self.world.calls[:5]]
+                self.broken(f"{text} after {steps} steps: {calls}")
+                return
+
+    @property
+    def _quiet(self) -> bool:
+        return (
+            all(client.over for client in self.ends)
+            and all(process.quiet for process in self.processes.values())
+            and not any(process.reactor.dead for process in self.processes.values())
+            and (self.bills_here or not self._undelivered())
+        )
+
+    def _undelivered(self) -> int:
+        (waiting, _) = self.store.connection.execute(journal.BACKLOG).fetchone()
+        return int(waiting)
+
+    def _check(self) -> None:
+        for process in self.all_processes:
+            self.faults += process.leftovers()
+        rows = self.store.rows()
+        by_number = {n: [r for r in rows if r["api_key"] == f"key-{n}"] for n in self.asks}
+        known = sum(map(len, by_number.values()))
+        if known != len(rows):
+            self.broken("a row belongs to no request")
+        for number, ask in self.asks.items():
+            Verdict(self, ask, by_number[number]).check()
+        self._check_bill(rows)
+
+    def _check_bill(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        due: Counter[tuple[str, str, int, str]] = Counter()
+        for row in rows:
+            if row["state"] in (State.SETTLED, State.ESTIMATED):
+                for kind in Kind:
+                    if row[kind] is not None:
+                        name = product(row["model"], row["device"], kind)
+                        due[(row["rid"], name, row[kind], row["api_key"])] += 1
+        billed = Counter(self._billed())
+        for event in billed - due:
+            self.broken(f"on the bill, but not due: {event}")
+        for event in due - billed:
+            self.broken(f"due, but not on the bill: {event}")
+
+    def _billed(self) -> list[tuple[str, str, int, str]]:
+        if self.bills_here:
+            statement = "SELECT rid, product, quantity, api_key FROM event_oneoff"
+            return list(self.store.connection.execute(statement))
+        return [(e.rid, e.product, e.quantity, e.account.key_id) for e in self.sink.events]
+
+    def next_rid(self) -> str:
+        self._rids += 1
+        return f"rid-{self._rids:04}"
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(self.world.seconds(), UTC)
+
+
+class Verdict:
+    """The promises, for one request of a history that is over."""
+
+    def __init__(self, history: History, ask: Ask, rows: list[dict[str, Any]]) -> None:
+        self._history, self._ask, self._rows = history, ask, rows
+        self._plan = ask.plan
+        self._seen = history.seen[ask.number]
+        self._arrived = ask.number in history.log
+        self._body = bytes(self._seen.body).replace(KEEPALIVE, b"")
+
+    def _broken(self, text: str) -> None:
+        row = self._rows[0] if self._rows else {}
+        brief = {name: row.get(name) for name in ("state", "outcome", *Kind)}
+        self._history.broken(f"request {self._ask.number}: {text}; row {brief}")
+
+    def check(self) -> None:
+        """All of them."""
+        if self._ask.refusal is not None:
+            self._check_refused()
+            return
+        if len(self._rows) > 1:
+            self._broken(f"has {len(self._rows)} rows")
+        reached = self._arrived or self._ask.number in self._history.in_part
+        if reached and not self._rows:
+            self._broken("was sent and has no row")
+        if self._seen.status == 200:
+            self._check_answer()
+        if self._rows:
+            self._check_row(self._rows[0])
+
+    def _check_refused(self) -> None:
+        if self._rows:
+            self._broken("was refused, and has a row")
+        if self._seen.status not in (0, self._ask.refusal, 503):
+            self._broken(f"got {self._seen.status} instead of {self._ask.refusal}")
+
+    def _check_answer(self) -> None:
+        """A client saw nothing that the backend did not send, and no false end."""
+        if not self._arrived:
+            self._broken("got an answer that no backend sent")
+        elif self._seen.whole:
+            if self._body != self._plan.shown:
+                self._broken(f"got {self._body!r} instead of {self._plan.shown!r}")
+            if not self._rows:
+                self._broken("got a whole answer for nothing")
+        elif not self._plan.shown.startswith(_without_error(self._body)):
+            self._broken(f"got {self._body!r}, which is no part of {self._plan.shown!r}")
+
+    def _check_row(self, row: Mapping[str, Any]) -> None:
+        state, outcome = State(row["state"]), row["outcome"]
+        counts = {kind: row[kind] for kind in Kind if row[kind] is not None}
+        if state is State.OPEN:
+            self._broken("is open for ever")
+        elif state is State.SETTLED:
+            self._check_settled(counts, outcome)
+        if state in (State.SETTLED, State.ESTIMATED):
+            self._check_bounds(counts, outcome)
+        if self._plan.is_result and (self._seen.whole and self._seen.status == 200):
+            self._check_complete(state, counts)
+        if self._must_be_drained(outcome):
+            self._check_complete(state, counts)
+
+    def _check_settled(self, counts: Mapping[Kind, int], outcome: str | None) -> None:
+        plan = self._plan
+        if counts == plan.truth and self._told:
+            return
+        if not counts:
+            result = 200 <= plan.status < 300 and not plan.error
+            if self._arrived and result and self._ask.endpoint.shape is not Shape.FREE:
+                self._broken("was settled for nothing, though the backend answered")
+        elif not plan.continuous or outcome == Outcome.COMPLETE:
+            self._broken(f"was settled wrong, the truth is {dict(plan.truth)} {plan.lie}")
+
+    def _check_bounds(self, counts: Mapping[Kind, int], outcome: str | None) -> None:
+        """Never more than the truth; never less than what the client saw."""
+        for kind, count in counts.items():
+            if count > self._plan.truth.get(kind, 0):
+                self._broken(f"has more than the truth, {dict(self._plan.truth)}")
+        if outcome is None or self._seen.status != 200 or not self._plan.stream:
+            return  # after a crash, the last checkpoint is what is known
+        events, tokens = self._plan.seen(len(_without_error(self._body)))
+        least = tokens if self._plan.continuous else events
+        if counts.get(Kind.COMPLETION, 0) < least:
+            self._broken(f"has less than the client saw, {least}")
+
+    @property
+    def _told(self) -> bool:
+        """The backend told the truth: running counts tell it too."""
+        return not self._plan.lie or (self._plan.continuous and self._plan.lie != "absurd")
+
+    def _check_complete(self, state: State, counts: Mapping[Kind, int]) -> None:
+        """A whole answer: the backend's number, or marked as not known."""
+        if self._told:
+            if state is not State.SETTLED or counts != self._plan.truth:
+                self._broken(f"is complete, and the truth is {dict(self._plan.truth)}")
+        elif self._plan.lie == "absurd" and state is not State.DISPUTED:
+            self._broken("is complete with an absurd usage, and not disputed")
+        elif state is State.SETTLED:
+            self._broken("is complete without usage, and was settled")
+
+    def _must_be_drained(self, outcome: str | None) -> bool:
+        """The client left, and the backend's answer is read to its end all the same."""
+        plan = self._plan
+        return (
+            outcome == Outcome.CLIENT_GONE
+            and self._arrived
+            and self._ask.model.endswith("drain")
+            and plan.is_result
+            and not plan.broken
+            and plan.seconds < DRAIN_S / 4
+            and len(plan.sent) < 1000
+        )
+
+
+def _without_error(body: bytes) -> bytes:
+    """A cut stream without the error event at its end."""
+    for start in (b'event: error\ndata: {"type":"error"', b'data: {"error":{"message"'):
+        body = body.partition(start)[0]
+    return body
+
+
+#: SQL that a planted fault runs after the schema.
+SCHEMA_HOOK = [""]
+
+
+@implementer(ILogObserver)
+class LoggedFailures:
+    """A failure that is logged is a fault of the history in which that happened."""
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+
+    def __call__(self, event: LogEvent) -> None:
+        if "log_failure" in event or event["log_level"] is LogLevel.critical:
+            failure = event.get("log_failure")
+            trace = failure.getTraceback() if failure is not None else ""
+            self._history.broken(f"logged: {formatEvent(event)}\n{trace}")
+
+
+@contextlib.contextmanager
+def pinned(history: History) -> Iterator[None]:
+    """Ids and times of the proxy come from the history, so that it repeats exactly."""
+    places = [(exchange, "utcnow"), (auth, "utcnow"), (journal, "utcnow"), (site, "new_request_id")]
+    before = [getattr(module, name) for module, name in places]
+    observer = LoggedFailures(history)
+    for module, name in places:
+        setattr(module, name, history.now if name == "utcnow" else history.next_rid)
+    globalLogPublisher.addObserver(observer)
+    try:
+        yield
+    finally:
+        globalLogPublisher.removeObserver(observer)
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def play(seed: int, say: Callable[[str], None] = lambda text: None) -> list[str]:
+    """Play the history of a seed; what promises it broke."""
+    history = History.__new__(History)
+    with pinned(history):
+        try:
+            history.__init__(seed, say)  # type: ignore[misc]
+            history.run()
+        except Exception as error:  # an exception that reaches the reactor is a fault of the proxy
+            failure = Failure(error)
+            return [f"raised: {failure.getTraceback()}"]
+        finally:
+            if "store" in vars(history):
+                history.store.connection.close()
+    return history.faults
+
+
+def describe(seed: int) -> str:
+    """Play a history again, and tell all that happened."""
+    lines: list[str] = []
+    faults = play(seed, lines.append)
+    again = f"python tests/faults/simulation.py --seed {seed} -v"
+    return "\n".join([f"seed {seed}:", *lines, *faults, f"replay: {again}"])
+
+
+def play_all(seeds: Sequence[int], limit: int = 1) -> dict[int, list[str]]:
+    """Play many histories, up to `limit` broken ones: their faults by seed."""
+    found: dict[int, list[str]] = {}
+    with without_collector():
+        for start in range(0, len(seeds), BATCH):
+            batch = seeds[start : start + BATCH]
+            for seed in batch:
+                if faults := play(seed):
+                    found[seed] = faults
+                if len(found) >= limit:
+                    return found
+            if leaked := garbage():
+                found[batch[0]] = [f"seeds {batch[0]} to {batch[-1]} left behind: {leaked}"]
+    return found
+
+
+#: How many histories are played between two collections of garbage.
+BATCH = 20
+
+
+def garbage() -> list[str]:
+    """Collect it; the failures of Deferreds that nobody handled are logged then."""
+    logged: list[str] = []
+
+    @implementer(ILogObserver)
+    def observer(event: LogEvent) -> None:
+        if "log_failure" in event:
+            logged.append(event["log_failure"].getTraceback())
+
+    globalLogPublisher.addObserver(observer)
+    try:
+        gc.collect()
+    finally:
+        globalLogPublisher.removeObserver(observer)
+    return logged
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Histories leave cycles behind: one collection for many is quicker, and tells whose it is."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        gc.collect()
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=10, help="broken histories to look for")
+    parser.add_argument("-v", action="store_true", help="tell what happens")
+    arguments = parser.parse_args()
+    if arguments.v:
+        print(describe(arguments.seed))
+        return 0
+    began = time.monotonic()
+    seeds = range(arguments.seed, arguments.seed + arguments.count)
+    found = play_all(seeds, limit=arguments.limit)
+    for seed, faults in found.items():
+        print(f"seed {seed}: {faults[0][:1000]}")
+    seconds = time.monotonic() - began
+    print(f"{arguments.count} histories, {len(found)} broken, {seconds:.1f} s")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,478 @@
+"""The public server: connections that live on, bodies that nobody wants, and clients that stall.
+
+Most of it on a transport without a socket, with a clock that the test moves; the end is real.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import pytest_twisted
+from backend import DONE, ScriptedBackend, json_answer, sse_answer, sse_event
+from deferreds import failure_of, result_of, started
+from memory import Server, request_bytes
+from proxy import Answer, ProxyHandle, running_proxy
+from proxy import request_bytes as real_request
+from twisted.internet.error import ConnectionLost
+from twisted.internet.task import Clock
+
+from llmproxy.downstream import Downstream
+from llmproxy.endpoints import Dialect
+from llmproxy.errors import InvalidKey
+from llmproxy.site import DISCARD_S, IDLE_TIMEOUT_S, Request
+from llmproxy.upload import HIGH_WATER, ClientGone
+
+CHUNKED = b"Transfer-Encoding: chunked"
+
+
+@pytest.fixture
+def server(clock: Clock) -> Server:
+    return Server(clock)
+
+
+def respond(request: Request, body: bytes = b"ok") -> None:
+    """Answer it, whole."""
+    request.setHeader(b"Content-Length", b"%d" % len(body))
+    request.write(body)
+    request.end()
+
+
+def answers(sent: bytes) -> list[Answer]:
+    """All the answers that came; each has a Content-Length."""
+    found = []
+    while sent:
+        size = int(re.search(rb"Content-Length: (\d+)", sent)[1])  # type: ignore[index]
+        end = sent.index(b"\r\n\r\n") + 4 + size
+        found.append(Answer(sent[:end]))
+        sent = sent[end:]
+    return found
+
+
+# --- one connection, several requests ---------------------------------------------------------
+
+
+def test_a_request_is_served_when_its_header_is_there(server):
+    server.send(request_bytes(b"/a?key=1", b"", b"Content-Length: 5"))
+    (request,) = server.requests
+    assert (request.path, request.method) == (b"/a", b"POST")
+    reading = started(request.upload.read(10, 5))
+    server.send(b"12345")
+    assert result_of(reading) == b"12345"
+    server.leave()
+
+
+def test_a_connection_serves_one_request_after_the_other(server):
+    for number in range(3):
+        server.send(request_bytes(b"/%d" % number, b"body"))
+        respond(server.requests[-1])
+    assert [request.path for request in server.requests] == [b"/0", b"/1", b"/2"]
+    told = [answer.fields["x-request-id"] for answer in answers(server.sent)]
+    assert len(set(told)) == 3
+    assert server.wire.is_reading
+    assert (server.active(), server.counted()) == (0, 3)
+    server.leave()
+
+
+def test_requests_in_one_packet_are_served_in_order(server):
+    server.send(request_bytes(b"/1", b"a") + request_bytes(b"/2", b"b"))
+    assert [request.path for request in server.requests] == [b"/1"]
+    respond(server.requests[0], b"one")
+    respond(server.requests[1], b"two")
+    assert [answer.body for answer in answers(server.sent)] == [b"one", b"two"]
+    server.leave()
+
+
+def test_a_client_that_closes_is_closed(server):
+    server.send(request_bytes(b"/", b"", b"Connection: close"))
+    respond(server.requests[0])
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
+def test_an_answer_to_http_1_0_is_not_chunked_and_ends_with_the_connection(server):
+    server.send(request_bytes(version=b"HTTP/1.0"))
+    down = Downstream(server.requests[0], server.clock, 10)
+    down.start(200, [])
+    down.write(b"one")
+    down.write(b"two")
+    down.finish()
+    assert b"chunked" not in server.sent.lower()
+    assert server.sent.endswith(b"\r\n\r\nonetwo")
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
+# --- bodies -----------------------------------------------------------------------------------
+
+
+def test_a_body_in_chunks_is_read_without_their_framing(server):
+    server.send(request_bytes(b"/", b"", CHUNKED))
+    reading = started(server.requests[0].upload.read(10, 5))
+    for piece in (b"3\r\nab", b"c\r\n", b"2;x=y\r\nde\r\n0\r", b"\n\r\n"):
+        server.send(piece)
+    assert result_of(reading) == b"abcde"
+    server.leave()
+
+
+@pytest.mark.parametrize(
+    "chunk", [b"x\r\n", b"-1\r\n", b"0x3\r\nabc\r\n", b"+3\r\nabc\r\n", b"3 \r\nabc\r\n"]
+)
+def test_a_body_in_malformed_chunks_ends_the_connection(server, chunk):
+    server.send(request_bytes(b"/", b"", CHUNKED))
+    reading = started(server.requests[0].upload.read(10, 5))
+    server.send(chunk + b"0\r\n\r\n")
+    server.clock.advance(0)
+    assert not server.wire.connected
+    failure_of(reading, ClientGone)
+    assert answers(server.sent)[0].status == 400
+    assert server.active() == 0
+
+
+def test_a_client_is_held_up_when_nobody_takes_its_body(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 1000000"))
+    server.send(bytes(HIGH_WATER - 1))
+    assert server.wire.is_reading
+    server.send(b"x")
+    assert not server.wire.is_reading
+    result_of(started(server.requests[0].upload.next(5)))
+    assert server.wire.is_reading
+    server.leave()
+
+
+def test_an_answer_that_was_taken_is_no_reason_to_read_a_body_that_nobody_takes(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 1000000"))
+    server.send(bytes(HIGH_WATER))
+    server.wire.slow()
+    server.wire.drained()  # Twisted reads on now
+    server.send(b"x")
+    assert not server.wire.is_reading
+    server.leave()
+
+
+@pytest.mark.parametrize("holds", [0, 1, 2, 5])
+def test_a_connection_whose_body_was_held_up_still_idles_out(server, holds):
+    size = holds * HIGH_WATER + 10
+    server.send(request_bytes(b"/", b"", b"Content-Length: %d" % size))
+    upload = server.requests[0].upload
+    for _ in range(holds):
+        server.send(bytes(HIGH_WATER))
+        result_of(started(upload.next(5)))
+    server.send(bytes(10))
+    server.clock.advance(10 * IDLE_TIMEOUT_S)  # the answer takes long
+    assert server.wire.connected
+    respond(server.requests[0])
+    server.clock.advance(IDLE_TIMEOUT_S - 1)
+    assert server.wire.connected
+    server.clock.advance(1)
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
+def test_a_body_that_ends_while_it_is_held_up_leaves_the_answer_all_the_time(server):
+    server.send(request_bytes(b"/", bytes(2 * HIGH_WATER)))
+    reading = started(server.requests[0].upload.read(2 * HIGH_WATER, 5))
+    assert len(result_of(reading)) == 2 * HIGH_WATER
+    server.clock.advance(10 * IDLE_TIMEOUT_S)
+    assert server.wire.connected
+    respond(server.requests[0])
+    server.clock.advance(IDLE_TIMEOUT_S)
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
+def test_a_body_is_invited_when_somebody_wants_it_and_once(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 2", b"Expect: 100-continue"))
+    assert server.sent == b""
+    reading = started(server.requests[0].upload.read(10, 5))
+    assert server.sent == b"HTTP/1.1 100 Continue\r\n\r\n"
+    server.send(b"a")
+    server.send(b"b")
+    assert result_of(reading) == b"ab"
+    assert server.sent.count(b"100 Continue") == 1
+    server.leave()
+
+
+# --- bodies that nobody wants -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 500000", CHUNKED])
+def test_a_refused_body_is_dropped_and_the_connection_used_again(server, framing):
+    server.send(request_bytes(b"/1", b"", framing))
+    server.requests[0].refuse(Dialect.OPENAI, InvalidKey())
+    assert answers(server.sent)[0].status == 401  # at once
+    body = bytes(500000)
+    if framing == CHUNKED:
+        body = b"7a120\r\n" + body + b"\r\n0\r\n\r\n"
+    for start in range(0, len(body), 50000):
+        server.send(body[start : start + 50000])
+        assert server.wire.is_reading
+    server.send(request_bytes(b"/2"))
+    respond(server.requests[1])
+    assert [answer.status for answer in answers(server.sent)] == [401, 200]
+    assert (server.active(), server.counted()) == (0, 2)
+    server.leave()
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_refused_body_that_was_held_up_already_is_dropped_too(server):
+    server.send(request_bytes(b"/1", b"", b"Content-Length: 100000"))
+    server.send(bytes(HIGH_WATER))
+    server.requests[0].refuse(Dialect.OPENAI, InvalidKey())
+    server.send(bytes(100000 - HIGH_WATER) + request_bytes(b"/2"))
+    assert len(server.requests) == 2
+    server.leave()
+
+
+def test_a_refused_body_that_never_ends_is_not_waited_for(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 100"))
+    server.requests[0].refuse(Dialect.OPENAI, InvalidKey())
+    server.clock.advance(DISCARD_S - 0.1)
+    server.send(b"x")
+    assert server.wire.connected
+    server.clock.advance(0.1)
+    server.clock.advance(0)
+    assert not server.wire.connected
+    assert answers(server.sent)[0].status == 401
+    assert (server.active(), server.counted()) == (0, 1)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_client_that_takes_no_answer_and_sends_no_end_is_reset(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 100"))
+    server.wire.stuck = True
+    server.requests[0].refuse(Dialect.OPENAI, InvalidKey())
+    server.clock.advance(DISCARD_S)
+    assert not server.wire.aborted
+    server.clock.advance(DISCARD_S)
+    assert server.wire.aborted
+    server.clock.advance(0)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 100"))
+    down = Downstream(server.requests[0], server.clock, 10)
+    reading = started(server.requests[0].upload.read(100, 5))
+    reading.addErrback(lambda failure: (failure.trap(ClientGone), down.abort()) and None)
+    server.send(b"x")
+    server.leave(ConnectionLost())
+    result_of(reading)
+    assert down.gone
+    assert (server.active(), server.counted()) == (0, 1)
+    assert server.clock.getDelayedCalls() == []
+
+
+# --- silence ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /", b"POST / HTTP/1.1\r\nHost: pro"])
+def test_a_silent_client_is_closed(server, begun):
+    if begun:
+        server.send(begun)
+    server.clock.advance(IDLE_TIMEOUT_S)
+    server.clock.advance(0)
+    assert not server.wire.connected
+    assert (server.requests, server.active()) == ([], 0)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_silent_client_that_takes_nothing_is_reset(server):
+    server.wire.stuck = True
+    server.clock.advance(IDLE_TIMEOUT_S)
+    server.clock.advance(60)
+    assert server.wire.aborted
+    server.clock.advance(0)
+
+
+def test_a_client_may_wait_for_its_answer_as_long_as_that_takes(server):
+    server.send(request_bytes(b"/", b"x"))
+    server.clock.advance(100 * IDLE_TIMEOUT_S)
+    assert server.wire.connected
+    server.leave()
+
+
+# --- what is no request -----------------------------------------------------------------------
+
+HOST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
+NO_REQUEST = {
+    "no target": b"POST\r\n\r\n",
+    "no version": b"POST /\r\n\r\n",
+    "four words": b"POST / x HTTP/1.1\r\n\r\n",
+    "another protocol": b"POST / FTP/1.1\r\n\r\n",
+    "http 2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no colon": HOST + b"nonsense\r\nA: b\r\n\r\n",
+    "no name": HOST + b": x\r\nA: b\r\n\r\n",
+    "space before colon": HOST + b"Content-Length : 3\r\nA: b\r\n\r\nabc",
+    "space in name": HOST + b"Con tent: 3\r\nA: b\r\n\r\n",
+    "nul in value": HOST + b"X: a\0b\r\nA: b\r\n\r\n",
+    "two lengths": HOST + b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+    "length and chunked": HOST + b"Content-Length: 3\r\n" + CHUNKED + b"\r\n\r\n0\r\n\r\n",
+    "chunked and length": HOST + CHUNKED + b"\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+    "chunked twice": HOST + CHUNKED + b"\r\n" + CHUNKED + b"\r\n\r\n0\r\n\r\n",
+    "list of lengths": HOST + b"Content-Length: 3, 3\r\n\r\nabc",
+    "signed length": HOST + b"Content-Length: +3\r\n\r\nabc",
+    "negative length": HOST + b"Content-Length: -1\r\n\r\nabc",
+    "hexadecimal length": HOST + b"Content-Length: 0x3\r\n\r\nabc",
+    "underlined length": HOST + b"Content-Length: 0_3\r\n\r\nabc",
+    "unicode length": HOST + b"Content-Length: \xd9\xa3\r\n\r\nabc",
+    "empty length": HOST + b"Content-Length:\r\n\r\nabc",
+    "unknown coding": HOST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "two codings": HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "too many fields": HOST + b"A: b\r\n" * 501 + b"\r\n",
+    "too long a header": HOST + b"A: %b\r\n" % (b"b" * 9000) * 2 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("data", NO_REQUEST.values(), ids=NO_REQUEST)
+def test_what_is_no_request_is_told_so_and_never_served(server, data):
+    server.send(data + request_bytes(b"/next"))
+    server.clock.advance(0)
+    assert server.requests == []
+    assert not server.wire.connected
+    (answer,) = answers(server.sent)
+    assert answer.status == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.fields["connection"] == "close"
+    assert uuid.UUID(answer.fields["x-request-id"]).version == 7
+    assert (server.active(), server.counted()) == (0, 0)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_every_refusal_of_what_is_no_request_has_an_id_of_its_own(server):
+    for _ in range(2):
+        server.send(NO_REQUEST["no version"])
+        server.clock.advance(0)
+        sent = server.sent
+        server.connect()
+        server.site.__dict__.setdefault("seen", []).append(answers(sent)[0].fields["x-request-id"])
+    server.leave()
+    first, second = server.site.__dict__["seen"]
+    assert first != second
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+
+def _answered(server: Server, request: Request) -> None:
+    respond(request)
+    server.leave()
+
+
+def _refused(server: Server, request: Request) -> None:
+    request.refuse(Dialect.OPENAI, InvalidKey())
+    server.leave()
+
+
+def _left(server: Server, request: Request) -> None:
+    server.leave(ConnectionLost())
+
+
+def _left_in_mid_answer(server: Server, request: Request) -> None:
+    Downstream(request, server.clock, 10).start(200, [])
+    server.leave(ConnectionLost())
+
+
+def _cut(server: Server, request: Request) -> None:
+    down = Downstream(request, server.clock, 10)
+    down.start(200, [])
+    down.abort()
+    server.clock.advance(0)
+
+
+def _never_taken(server: Server, request: Request) -> None:
+    down = Downstream(request, server.clock, 10)
+    down.attach(server.wire)
+    server.wire.slow()
+    server.clock.advance(10)
+    server.clock.advance(0)
+
+
+ENDINGS = [_answered, _refused, _left, _left_in_mid_answer, _cut, _never_taken]
+
+
+@pytest.mark.parametrize("body", [b"", b"x"], ids=["whole", "half a body"])
+@pytest.mark.parametrize("end", ENDINGS)
+def test_a_request_is_in_flight_until_it_ends_and_counted_once(server, end, body):
+    server.send(request_bytes(b"/", body, b"Content-Length: %d" % (2 * len(body))))
+    assert (server.active(), server.counted()) == (1, 0)
+    end(server, server.requests[0])
+    server.clock.advance(100)
+    assert not server.wire.connected
+    assert (server.active(), server.counted()) == (0, 1)
+    assert server.clock.getDelayedCalls() == []
+
+
+def test_a_request_does_not_show_its_target(server):
+    server.send(request_bytes(b"/a?key=canary"))
+    assert "canary" not in repr(server.requests[0])
+    server.leave()
+
+
+# --- real sockets -------------------------------------------------------------------------------
+
+CHAT = "/v1/chat/completions"
+ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
+COMPLETION = {"choices": [], "usage": USAGE}
+TEXT = [{"choices": [{"index": 0, "delta": {"content": "Hello"}}]}]
+STREAM = [*TEXT, {"choices": [], "usage": USAGE}, DONE]
+
+
+def proxy_for(folder: Path, backend: ScriptedBackend) -> Any:
+    return running_proxy(folder, {"chat": {"url": backend.url}})
+
+
+async def active(proxy: ProxyHandle) -> float:
+    """The requests in flight, as the admin site shows them."""
+    exposition = (await proxy.get("/metrics", port=proxy.admin_port)).body.decode()
+    (value,) = re.findall(r"^llmproxy_active_requests (\S+)$", exposition, re.MULTILINE)
+    return float(value)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_http_1_0_client_gets_its_stream_up_to_the_end_of_the_connection(
+    tmp_path: Path,
+) -> None:
+    async with ScriptedBackend([sse_answer(STREAM)]) as backend:
+        async with proxy_for(tmp_path, backend) as proxy:
+            body = orjson.dumps({**ASK, "stream": True})
+            client = await proxy.open()
+            client.send(real_request("POST", CHAT, body, version="HTTP/1.0"))
+            await client.closed
+            top, _, rest = client.received.partition(b"\r\n\r\n")
+            assert b"chunked" not in top.lower()
+            assert rest == b"".join(map(sse_event, [*TEXT, DONE]))
+            assert client.clean
+            assert proxy.rows() == [("settled", "complete", 3, 2)]
+            assert await active(proxy) == 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_refused_request_and_good_ones_share_a_real_connection(tmp_path: Path) -> None:
+    async with ScriptedBackend([json_answer(200, COMPLETION)]) as backend:
+        async with proxy_for(tmp_path, backend) as proxy:
+            client = await proxy.open()
+            good = orjson.dumps(ASK)
+            chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(good), good)
+            client.send(real_request("POST", CHAT, bytes(200_000), key="wrong"))
+            client.send(real_request("POST", CHAT, good))
+            client.send(
+                real_request("POST", CHAT, fields={"Transfer-Encoding": "chunked"}).replace(
+                    b"Content-Length: 0\r\n", b""
+                )
+                + chunks
+            )
+            await client.when(lambda received: received.count(b"HTTP/1.1 200") == 2)
+            told = answers(client.received)
+            assert [answer.status for answer in told] == [401, 200, 200]
+            assert [answer.body for answer in told[1:]] == [orjson.dumps(COMPLETION)] * 2
+            assert [seen.body for seen in backend.requests] == [good] * 2
+            assert await active(proxy) == 0
+            client.transport.loseConnection()  # type: ignore[union-attr]
+            await client.closed
+            assert proxy.bill() == {"chat/gpu/prompt": 6, "chat/gpu/completion": 4}
