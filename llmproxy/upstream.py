@@ -6,6 +6,7 @@ This is the one place where Twisted's failures become ours.
 from __future__ import annotations
 
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any, Protocol, cast
 
 import treq
@@ -14,6 +15,12 @@ from OpenSSL import SSL
 from service_identity import VerificationError
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.endpoints import (
+    HostnameEndpoint,
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    wrapClientTLS,
+)
 from twisted.internet.error import (
     ConnectError,
     ConnectingCancelledError,
@@ -21,22 +28,21 @@ from twisted.internet.error import (
     UserError,
 )
 from twisted.internet.error import TimeoutError as TwistedTimeoutError
-from twisted.internet.interfaces import IConsumer, IOpenSSLClientConnectionCreator
+from twisted.internet.interfaces import (
+    IConsumer,
+    IOpenSSLClientConnectionCreator,
+    IStreamClientEndpoint,
+)
 from twisted.internet.ssl import Certificate, CertificateOptions, trustRootFromCertificates
-from twisted.web.client import Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool
+from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IPolicyForHTTPS, IResponse
 from zope.interface import implementer
 
+from llmproxy.agent import BackendAgent
 from llmproxy.config import Backend
 from llmproxy.errors import BackendError, BackendTimeout, ProxyError
 from llmproxy.upload import ClientGone
-
-#: Idle connections are dropped before the servers do it (uvicorn: 5 s), because a request that
-#: meets a closing connection can't be repeated safely.
-IDLE_CONNECTION_S = 4
-#: How many idle connections are kept per backend.
-IDLE_CONNECTIONS = 1024
 
 
 class NotSent(BackendError):
@@ -216,17 +222,31 @@ def _is_untrusted(reason: object) -> bool:
 
 def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:
     """The real connections to `backend`."""
-    pool = HTTPConnectionPool(reactor)
-    pool.maxPersistentPerHost = IDLE_CONNECTIONS
-    pool.cachedConnectionTimeout = IDLE_CONNECTION_S
-    pool.retryAutomatically = False
-    agent = Agent(
-        reactor,
-        contextFactory=_policy(backend),
-        connectTimeout=timeout_connect,
-        pool=pool,
-    )
-    return Upstream(backend, agent, reactor, close=pool.closeCachedConnections)
+    url = EncodedURL.from_text(backend.url).to_uri()
+    origin = url.replace(path=()).to_text().encode("ascii")
+    agent = BackendAgent(origin, _endpoint(backend, url, reactor, timeout_connect), reactor)
+    return Upstream(backend, agent, reactor, close=agent.close)
+
+
+def _endpoint(
+    backend: Backend, url: EncodedURL, reactor: Any, timeout_s: float
+) -> IStreamClientEndpoint:
+    port = url.port or 0  # never: http and https have their own
+    # A name is looked up in a thread; an address need not wait for one.
+    of = {4: TCP4ClientEndpoint, 6: TCP6ClientEndpoint}.get(_version(url.host), HostnameEndpoint)
+    endpoint: IStreamClientEndpoint = of(reactor, url.host, port, timeout=timeout_s)
+    if url.scheme == "http":
+        return endpoint
+    creator = _policy(backend).creatorForNetloc(url.host.encode("ascii"), port)
+    return wrapClientTLS(creator, endpoint)
+
+
+def _version(host: str) -> int:
+    """4 or 6 for an address, 0 for a name."""
+    try:
+        return ip_address(host).version
+    except ValueError:
+        return 0
 
 
 def _policy(backend: Backend) -> IPolicyForHTTPS:

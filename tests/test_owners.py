@@ -113,14 +113,18 @@ def test_who_has_left_is_dead_and_leaves_no_file(database: Path, owners: Owners)
     assert [path.name for path in database.with_name("db.sqlite-owners").iterdir()] == [owners.me]
 
 
-def test_the_dead_can_be_buried(database: Path, owners: Owners) -> None:
-    with process(database) as (running, name):
+def test_the_files_of_the_dead_are_removed_and_those_of_the_living_stay(
+    database: Path, owners: Owners
+) -> None:
+    with process(database) as (running, dead), process(database) as (_, living):
         running.kill()
         running.wait()
-        owners.bury(name)
-        owners.bury(name)
-    assert owners.is_dead(name)
-    assert not database.with_name("db.sqlite-owners").joinpath(name).exists()
+        owners.bury_dead()
+        owners.bury_dead()
+        assert owners.is_dead(dead)
+        assert not owners.is_dead(living)
+        names = {path.name for path in database.with_name("db.sqlite-owners").iterdir()}
+        assert names == {owners.me, living}
 
 
 def test_the_folder_is_nobody_else_s_to_read(database: Path, owners: Owners) -> None:

@@ -54,6 +54,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "db.sqlite"
 
 
+@pytest.fixture
+def pool(path: Path) -> Iterator[adbapi.ConnectionPool]:
+    prepare(path)
+    pool = make_pool(path, reactor)
+    yield pool
+    pool.close()
+
+
 def old_database(path: Path, events: int = 0, duplicates: int = 0) -> None:
     """A file of the earlier llmproxy: the keys token1 and token2, and bills."""
     rows = [
@@ -108,19 +116,13 @@ def test_a_request_has_one_event_of_each_product(path: Path) -> None:
             connection.execute(insert, ("p", "r"))
 
 
-def test_connections_commit_durably(path: Path) -> None:
-    prepare(path)
-    pool = make_pool(path, reactor)
-
+@pytest_twisted.ensureDeferred
+async def test_connections_commit_durably(pool: adbapi.ConnectionPool) -> None:
     def pragmas(connection: Any) -> list[Any]:
         names = ("journal_mode", "synchronous", "busy_timeout")
         return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
-    try:
-        found = pytest_twisted.blockon(pool.runWithConnection(pragmas))
-    finally:
-        pool.close()
-    assert found == ["wal", 2, 1000]
+    assert await pool.runWithConnection(pragmas) == ["wal", 2, 1000]
 
 
 @pytest.mark.parametrize(
@@ -242,14 +244,6 @@ async def test_the_schema_can_be_loaded_by_hand_before_a_start(tmp_path: Path, o
 
 
 # -- keys --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pool(path: Path) -> Iterator[adbapi.ConnectionPool]:
-    prepare(path)
-    pool = make_pool(path, reactor)
-    yield pool
-    pool.close()
 
 
 def add_key(path: Path, expires: object = None, **fields: object) -> None:

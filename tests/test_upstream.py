@@ -242,7 +242,7 @@ async def ask(url: str, timeout_connect: float = 2.0, **settings: Any) -> bytes:
     except Exception as failure:
         raise translate(failure) from failure
     finally:
-        await up.close()  # type: ignore[misc]
+        up.close()
 
 
 ANSWER = json_answer(200, {})
@@ -307,7 +307,7 @@ async def test_cancelling_a_request_closes_its_connection():
         await backend.request()
         sending.addErrback(lambda _: None).cancel()
         await backend.connections[0].when_closed()
-        await up.close()  # type: ignore[misc]
+        up.close()
 
 
 @pytest_twisted.ensureDeferred
@@ -318,4 +318,4 @@ async def test_connections_are_used_again():
         for _ in range(3):
             await content(await up.send("/p", Headers(), BytesBody(b"{}")))
         assert len(backend.connections) == 1
-        await up.close()  # type: ignore[misc]
+        up.close()

@@ -429,7 +429,6 @@ class SQLiteLedger:
             settlement = Settlement(state=state, outcome=None, counts=counts, finished=utcnow())
             close_row(connection, entry, settlement, delivered=self._bills_here)
             found[state] = found.get(state, 0) + 1
-        self._owners.bury(owner)
 
     def undelivered(self, limit: int) -> Deferred[Sequence[Event]]:
         """See `IOutbox.undelivered`."""

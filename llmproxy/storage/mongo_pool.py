@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -44,6 +45,7 @@ GRACE_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
 LOGIN_TIMEOUT_S = 5.0
 RETRY_S, RETRY_MAX_S = 0.5, 2.0
+CLOSE_TIMEOUT_S = 2.0
 PING_S = 2.0  # both between pings and for an answer
 
 _AUTHENTICATION_FAILED = 18
@@ -303,7 +305,9 @@ class MongoPool:
         gone = [wire.when_closed() for wire in self._open]
         for wire in list(self._open):
             wire.abort()
-        await DeferredList([*gone, *slots], consumeErrors=True)
+        ends = DeferredList([*gone, *slots], consumeErrors=True)
+        with suppress(DeferredTimeout):
+            await ends.addTimeout(CLOSE_TIMEOUT_S, self._reactor)
 
     async def read(self, database: str, command: Document, *, timeout_s: float) -> Document:
         """Like `call()`, for commands without effect: a lost connection is tried again once."""
@@ -383,7 +387,9 @@ class MongoPool:
         while True:
             try:
                 wire = await self._connect()
-            except (StorageError, ConfigError) as error:
+            except CancelledError:
+                raise
+            except Exception as error:  # a slot that ends would never be filled again
                 self._failed(error)
                 await self._sleep(delay_s * random.uniform(0.5, 1.0))
                 delay_s = min(delay_s * 2, RETRY_MAX_S)
@@ -508,6 +514,8 @@ class MongoPool:
         self._reason = error
         if isinstance(error, ConfigError):
             self._report(error)
+        elif not isinstance(error, StorageError):
+            self._bug(Failure(error))  # type: ignore[no-untyped-call]
 
     def _report(self, error: Exception | None) -> None:
         started, self._started = self._started, []

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from OpenSSL.crypto import X509, PKey
-from OpenSSL.SSL import Connection, Context
+from OpenSSL.crypto import X509
+from OpenSSL.SSL import Connection, Context, Error
 from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
 from twisted.internet.ssl import (
     Certificate,
@@ -34,9 +35,10 @@ class TLSClient:
         self._settings = settings
         self._trust_root = _trust_root(settings.ca_file)
         self._certificates: list[x509.Certificate] = []
-        self._key: PKey | None = None
+        self._key: PrivateKeyTypes | None = None
         if settings.key_file is not None:
             self._key, self._certificates = _key_file(settings.key_file, settings.key_password)
+            self._check_identity(settings.key_file)
 
     def creator(self, host: str) -> IOpenSSLClientConnectionCreator:
         """What `wrapClientTLS` needs for a connection to `host`."""
@@ -48,11 +50,17 @@ class TLSClient:
         options = CertificateOptions(**trust, **self._identity())
         return _AnyHost(options.getContext(), host)
 
+    def _check_identity(self, path: str) -> None:
+        try:
+            CertificateOptions(**self._identity()).getContext()
+        except Error:
+            raise ConfigError(f"{KEY}: {path}: key and certificate don't belong together") from None
+
     def _identity(self) -> dict[str, Any]:
         """Our own certificate, as `CertificateOptions` takes it."""
         if self._key is None:
             return {}
-        own, *chain = [X509.from_cryptography(certificate) for certificate in self._certificates]
+        own, *chain = self._certificates
         return {"privateKey": self._key, "certificate": own, "extraCertChain": chain}
 
 
@@ -103,13 +111,12 @@ def _trust_root(path: str | None) -> Any:
     return trustRootFromCertificates(certificates)
 
 
-def _key_file(path: str, password: str | None) -> tuple[PKey, list[x509.Certificate]]:
+def _key_file(path: str, password: str | None) -> tuple[PrivateKeyTypes, list[x509.Certificate]]:
     data = _read(path)
     certificates = _certificates_of(path, data)
     try:
         secret = password.encode() if password is not None else None
-        key = load_pem_private_key(data, secret)
-        return PKey.from_cryptography_key(key), certificates  # type: ignore[arg-type]
+        return load_pem_private_key(data, secret), certificates
     except (ValueError, TypeError):
         # The library's own text could show a part of the file.
         raise ConfigError(f"{KEY}: {path}: no private key, or a wrong password") from None

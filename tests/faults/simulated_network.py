@@ -22,8 +22,12 @@ from twisted.internet.error import TimeoutError as ConnectTimeout
 from twisted.internet.interfaces import (
     IConnector,
     IDelayedCall,
+    IHostnameResolver,
+    IHostResolution,
     IProtocol,
+    IReactorPluggableNameResolver,
     IReactorTime,
+    IResolutionReceiver,
     ITCPTransport,
 )
 from twisted.internet.task import Clock
@@ -55,9 +59,38 @@ class World(Clock):
         self.advance(max(0.0, self.calls[0].getTime() - self.seconds()))
 
 
-@implementer(IReactorTime)
+@implementer(IHostnameResolver)
+class SimResolver:
+    """Every name is here."""
+
+    def resolveHostName(
+        self,
+        resolutionReceiver: IResolutionReceiver,
+        hostName: str,
+        portNumber: int = 0,
+        addressTypes: object = None,
+        transportSemantics: str = "TCP",
+    ) -> IHostResolution:
+        resolution = SimResolution()
+        resolutionReceiver.resolutionBegan(resolution)
+        resolutionReceiver.addressResolved(IPv4Address("TCP", "127.0.0.1", portNumber))
+        resolutionReceiver.resolutionComplete()
+        return resolution
+
+
+@implementer(IHostResolution)
+class SimResolution:
+    name = "backend"
+
+    def cancel(self) -> None:
+        """It was over at once."""
+
+
+@implementer(IReactorTime, IReactorPluggableNameResolver)
 class SimReactor:
     """The reactor of one process: time, descriptors, connections. `kill` ends the process."""
+
+    nameResolver = SimResolver()
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -107,6 +140,9 @@ class SimReactor:
         self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: object = None
     ) -> IConnector:
         return SimConnector(self, factory, timeout)
+
+    def installNameResolver(self, resolver: IHostnameResolver) -> IHostnameResolver:
+        raise NotImplementedError("names are resolved as they are")
 
     def kill(self) -> None:
         """No code of this process runs any more; the kernel closes its sockets."""

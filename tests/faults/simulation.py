@@ -31,6 +31,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # as a command it is used in a checkout
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from simulated_network import (
     THERE,
     SimReactor,
@@ -41,16 +44,13 @@ from simulated_network import (
 )
 from simulated_traffic import MODELS, Ask, make_ask
 from twisted.internet.defer import Deferred
-from twisted.internet.endpoints import TCP4ClientEndpoint
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from twisted.web.client import Agent, HTTPConnectionPool
-from twisted.web.iweb import IAgentEndpointFactory
 from zope.interface import implementer
 
-from llmproxy import auth, config, exchange, site
+from llmproxy import auth, config, exchange, site, upstream
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
@@ -152,6 +152,7 @@ class SimPool:
         except Exception:
             result = Failure()
             self._world.say(f"store: {result.value}")
+            self._store.failures += 1
         self._world.callLater(self._store.delay(), self._report, result)
 
     def _report(self, result: Any) -> None:
@@ -184,6 +185,7 @@ class Store:
         begins = EPOCH + rng.uniform(0, 2)
         self._down = (begins, begins + (rng.uniform(0, 6) if rng.random() < 0.15 else 0))
         self._slow = rng.choice((0.0, 0.0001, 0.01, 0.1))
+        self.failures = 0
 
     def add_key(self, key: str, expires: str | None = None) -> None:
         secret = hashlib.sha256(key.encode()).hexdigest()
@@ -293,17 +295,6 @@ def shared_metrics() -> Metrics:
     return Metrics("simulated", settings().backends)
 
 
-@implementer(IAgentEndpointFactory)
-class Endpoints:
-    """Real client endpoints, on the reactor of a process."""
-
-    def __init__(self, reactor: SimReactor) -> None:
-        self._reactor = reactor
-
-    def endpointForURI(self, uri: Any) -> TCP4ClientEndpoint:
-        return TCP4ClientEndpoint(self._reactor, "127.0.0.1", uri.port, timeout=1)
-
-
 class Process:
     """One proxy, from its start to its death."""
 
@@ -313,6 +304,7 @@ class Process:
         self.reactor = SimReactor(history.world)
         self.reactor.accept = history.accept_backend
         self.listening = False
+        self.heirs_of = set(history.dead)
         self.pools = [SimPool(self.world, self.reactor, history.store) for _ in range(2)]
         pool: Any = self.pools[0]
         self.ledger = SQLiteLedger(
@@ -355,11 +347,7 @@ class Process:
         )
 
     def _connect(self, backend: Backend) -> Upstream:
-        pool = HTTPConnectionPool(self.reactor)
-        pool.cachedConnectionTimeout = 4
-        pool.retryAutomatically = False
-        agent = Agent.usingEndpointFactory(self.reactor, Endpoints(self.reactor), pool)
-        return Upstream(backend, agent, self.reactor, close=pool.closeCachedConnections)
+        return upstream.connect(backend, self.reactor, 1)
 
     def _recovered(self, found: Mapping[State, int], history: History) -> None:
         self.world.say(f"{self.name}: recovered {dict(found)}")
@@ -670,6 +658,7 @@ class History:
         self._refusals = rng.choice((0.0, 0.0, 0.1, 0.5))
         self._rids = 0
         self._ending = False
+        self.tally: Counter[str] = Counter(histories=1)
         self._make(rng)
 
     def _make(self, rng: random.Random) -> None:
@@ -691,7 +680,8 @@ class History:
             self.world.callLater(begins, self._begin, client)
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
             crash_s = rng.random() * rng.choice((0.05, 0.3, 1.0, 3.0))
-            self.world.callLater(crash_s, self._crash, rng.choice(slots))
+            ends = self._crash if rng.random() < 0.75 else self._retire
+            self.world.callLater(crash_s, ends, rng.choice(slots))
 
     def _begin(self, client: Client) -> None:
         if not self.processes[client.process].listening and self.world.seconds() < EPOCH + 60:
@@ -713,12 +703,55 @@ class History:
         if process.reactor.dead or self._ending:
             return
         self._say(f"{process.name} dies")
-        for client in self.ends:
-            if client.process == slot and not client.over:
-                self.crashed.update(ask.number for ask in client.asks)
+        self.tally["killed"] += 1
+        self._bury(slot, process)
+
+    def _bury(self, slot: str, process: Process) -> None:
+        self._interrupt(slot)
         process.kill()
         self.dead.add(process.name)
         self.world.callLater(self.world.rng.random(), self._start, slot)
+
+    def _interrupt(self, slot: str) -> None:
+        """From now on the requests of these clients may end in any way."""
+        for client in self.ends:
+            if client.process == slot and not client.over:
+                self.crashed.update(ask.number for ask in client.asks)
+
+    def _retire(self, slot: str) -> None:
+        """A stop in order: nothing new, a little patience, then the rest is cut."""
+        process = self.processes[slot]
+        if process.reactor.dead or self._ending or not process.listening:
+            return
+        self._say(f"{process.name} is told to stop")
+        self.tally["stopped"] += 1
+        process.listening = False
+        process.services.draining = True
+        self.world.callLater(self.world.rng.random(), self._cut, slot, process)
+
+    def _cut(self, slot: str, process: Process) -> None:
+        if process.reactor.dead:
+            return
+        self._interrupt(slot)
+        for running in list(process.services.exchanges):
+            running.cut()
+        self._await_end(slot, process)
+
+    def _await_end(self, slot: str, process: Process) -> None:
+        if process.reactor.dead:
+            return
+        if process.services.exchanges or process.ledger.writer.pending:
+            self.world.callLater(0.05, self._await_end, slot, process)
+            return
+        self._say(f"{process.name} stops")
+        if any(row["owner"] == process.name and row["state"] == "open" for row in self.store.rows()):
+            self.broken(f"{process.name} stopped in order and left an open row")
+        process.stop()
+        self.world.callLater(2.0, self._end, slot, process)
+
+    def _end(self, slot: str, process: Process) -> None:
+        if not process.reactor.dead:
+            self._bury(slot, process)
 
     def accept_backend(self, reactor: SimReactor) -> SimTransport | None:
         """A connection to a backend."""
@@ -783,7 +816,7 @@ class History:
     def check_recovery(self, process: Process) -> None:
         """Rows of the dead are closed, rows of the living are not."""
         for row in self.store.rows():
-            if row["owner"] in self.dead and row["state"] == State.OPEN:
+            if row["owner"] in process.heirs_of and row["state"] == State.OPEN:
                 self.broken(f"row {row['rid']} of dead {row['owner']} is open after recovery")
             if row["owner"] not in self.dead and self._closed_by_recovery(row):
                 self.broken(f"row {row['rid']} of living {row['owner']} was closed by recovery")
@@ -846,6 +879,14 @@ class History:
         for number, ask in self.asks.items():
             Verdict(self, ask, by_number[number]).check()
         self._check_bill(rows)
+        self.tally.update(f"{row['state']}" for row in rows)
+        self.tally.update(
+            requests=len(self.asks),
+            sent=len(self.log),
+            failed_commits=self.store.failures,
+            whole_answers=sum(s.whole and s.status == 200 for s in self.seen.values()),
+            clients_left=sum(client.left for client in self.ends),
+        )
 
     def _check_bill(self, rows: Sequence[Mapping[str, Any]]) -> None:
         due: Counter[tuple[str, str, int, str]] = Counter()
@@ -980,6 +1021,7 @@ class Verdict:
         plan = self._plan
         return (
             outcome == Outcome.CLIENT_GONE
+            and self._ask.number not in self._history.crashed
             and self._arrived
             and self._ask.model.endswith("drain")
             and plan.is_result
@@ -1031,44 +1073,55 @@ def pinned(history: History) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def play(seed: int, say: Callable[[str], None] = lambda text: None) -> list[str]:
-    """Play the history of a seed; what promises it broke."""
+@dataclass
+class Result:
+    """Of one history, or of many: the broken promises by seed, and how much happened."""
+
+    faults: dict[int, list[str]] = field(default_factory=dict)
+    tally: Counter[str] = field(default_factory=Counter)
+
+
+def play(seed: int, say: Callable[[str], None] = lambda text: None) -> Result:
+    """Play the history of a seed."""
     history = History.__new__(History)
     with pinned(history):
         try:
             history.__init__(seed, say)  # type: ignore[misc]
             history.run()
+            faults = history.faults
         except Exception as error:  # an exception that reaches the reactor is a fault of the proxy
-            failure = Failure(error)
-            return [f"raised: {failure.getTraceback()}"]
+            faults = [f"raised: {Failure(error).getTraceback()}"]
         finally:
             if "store" in vars(history):
                 history.store.connection.close()
-    return history.faults
+    tally = getattr(history, "tally", Counter[str]())
+    return Result({seed: faults} if faults else {}, tally)
 
 
 def describe(seed: int) -> str:
     """Play a history again, and tell all that happened."""
     lines: list[str] = []
-    faults = play(seed, lines.append)
+    faults = play(seed, lines.append).faults.get(seed, [])
     again = f"python tests/faults/simulation.py --seed {seed} -v"
     return "\n".join([f"seed {seed}:", *lines, *faults, f"replay: {again}"])
 
 
-def play_all(seeds: Sequence[int], limit: int = 1) -> dict[int, list[str]]:
-    """Play many histories, up to `limit` broken ones: their faults by seed."""
-    found: dict[int, list[str]] = {}
+def play_all(seeds: Sequence[int], limit: int = 1) -> Result:
+    """Play many histories, until `limit` of them are broken."""
+    total = Result()
     with without_collector():
         for start in range(0, len(seeds), BATCH):
             batch = seeds[start : start + BATCH]
             for seed in batch:
-                if faults := play(seed):
-                    found[seed] = faults
-                if len(found) >= limit:
-                    return found
+                result = play(seed)
+                total.faults |= result.faults
+                total.tally += result.tally
+                if len(total.faults) >= limit:
+                    return total
             if leaked := garbage():
-                found[batch[0]] = [f"seeds {batch[0]} to {batch[-1]} left behind: {leaked}"]
-    return found
+                text = f"seeds {batch[0]} to {batch[-1]} left behind: {leaked}"
+                total.faults.setdefault(batch[0], []).append(text)
+    return total
 
 
 #: How many histories are played between two collections of garbage.
@@ -1119,12 +1172,13 @@ def main() -> int:
         return 0
     began = time.monotonic()
     seeds = range(arguments.seed, arguments.seed + arguments.count)
-    found = play_all(seeds, limit=arguments.limit)
-    for seed, faults in found.items():
+    result = play_all(seeds, limit=arguments.limit)
+    for seed, faults in result.faults.items():
         print(f"seed {seed}: {faults[0][:1000]}")
     seconds = time.monotonic() - began
-    print(f"{arguments.count} histories, {len(found)} broken, {seconds:.1f} s")
-    return bool(found)
+    print(dict(result.tally))
+    print(f"{len(result.faults)} broken, {seconds:.1f} s")
+    return bool(result.faults)
 
 
 if __name__ == "__main__":

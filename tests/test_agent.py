@@ -1,0 +1,402 @@
+"""The agent: what it writes, what it takes for an answer, and which connections it uses again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError
+from twisted.internet.interfaces import IConsumer
+from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone, ResponseFailed, ResponseNeverReceived
+from twisted.web.http import PotentialDataLoss
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from llmproxy.agent import IDLE_S, MAX_HEADER, BackendAgent, Connection
+from llmproxy.upstream import BytesBody
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nabc"
+
+
+class Wire(StringTransport):
+    """One connection's transport: `gone` when our side has closed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone = False
+
+    def abortConnection(self) -> None:
+        self.gone = True
+        super().abortConnection()
+
+
+class Endpoint:
+    """Connects at once; `wires` are the connections in their order."""
+
+    def __init__(self) -> None:
+        self.wires: list[Wire] = []
+        self.connections: list[Connection] = []
+        self.error: Exception | None = None
+
+    def connect(self, factory: Factory) -> Deferred[Any]:
+        if self.error is not None:
+            raise self.error
+        connection: Any = factory.buildProtocol(None)  # type: ignore[arg-type]
+        wire = Wire()
+        self.wires.append(wire)
+        self.connections.append(connection)
+        connection.makeConnection(wire)
+        return succeed(connection)
+
+
+class Body(Protocol):
+    """Collects a body."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.ends: list[type[BaseException]] = []
+
+    def dataReceived(self, data: bytes) -> None:
+        self.data += data
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        assert reason is not None
+        self.ends.append(type(reason.value))
+
+
+class Rig:
+    """An agent, its endpoint and its clock."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.endpoint = Endpoint()
+        self.agent = BackendAgent(b"http://llm:8000", self.endpoint, self.clock)  # type: ignore[arg-type]
+
+    def ask(self, body: IBodyProducer | None = None) -> list[Any]:
+        """Send a request; the list gets its answer, or the exception."""
+        answers: list[Any] = []
+        sent = self.agent.request(
+            b"POST", b"http://llm:8000/v1/x", Headers({b"A": [b"1", b"2"]}), body or BytesBody(b"q")
+        )
+        sent.addCallbacks(answers.append, lambda failure: answers.append(failure.value))
+        self.last = sent
+        return answers
+
+    def receive(self, *data: bytes, wire: int = -1) -> None:
+        for part in data:
+            self.endpoint.connections[wire].dataReceived(part)
+
+    def answered(self, *data: bytes) -> Body:
+        """The body of the answer that these bytes are."""
+        answers = self.ask()
+        self.receive(*data)
+        body = Body()
+        answers[0].deliverBody(body)
+        return body
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_it_is_an_agent_and_gives_responses(rig: Rig) -> None:
+    verifyObject(IAgent, rig.agent)
+    answers = rig.ask()
+    rig.receive(OK)
+    verifyObject(IResponse, answers[0])
+
+
+def test_a_request_is_written_in_full(rig: Rig) -> None:
+    rig.ask(BytesBody(b"body"))
+    assert rig.endpoint.wires[0].value() == (
+        b"POST /v1/x HTTP/1.1\r\nHost: llm:8000\r\nContent-Length: 4\r\nA: 1\r\nA: 2\r\n\r\nbody"
+    )
+
+
+def test_a_request_to_another_origin_is_refused(rig: Rig) -> None:
+    with pytest.raises(ValueError, match="another backend"):
+        rig.agent.request(b"GET", b"http://llm.evil/x")
+
+
+@pytest.mark.parametrize("size", [1, 7, len(OK)])
+def test_an_answer_is_read_in_any_split(rig: Rig, size: int) -> None:
+    body = rig.answered(*(OK[i : i + size] for i in range(0, len(OK), size)))
+    assert (body.data, body.ends) == (b"abc", [ResponseDone])
+
+
+def test_a_chunked_answer_is_read(rig: Rig) -> None:
+    body = rig.answered(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+        b"2\r\nde\r\n0\r\n\r\n",
+    )
+    assert (body.data, body.ends) == (b"abcde", [ResponseDone])
+
+
+def test_an_interim_answer_is_passed_over(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.receive(b"HTTP/1.1 100 Continue\r\nX: 1\r\n\r\n")
+    assert answers == []
+    rig.receive(OK)
+    assert answers[0].code == 200
+    assert not answers[0].headers.hasHeader(b"X")
+
+
+def test_the_body_is_held_up_until_somebody_wants_it(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\na")
+    wire = rig.endpoint.wires[0]
+    assert wire.producerState == "paused"
+    body = Body()
+    answers[0].deliverBody(body)
+    assert wire.producerState == "producing"
+    assert body.data == b"a"
+
+
+def test_a_connection_serves_again_after_a_whole_answer(rig: Rig) -> None:
+    for _ in range(3):
+        assert rig.answered(OK).ends == [ResponseDone]
+    assert len(rig.endpoint.wires) == 1
+
+
+def test_a_connection_that_was_held_up_at_its_end_serves_again(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n")
+
+    class Slow(Body):
+        def dataReceived(self, data: bytes) -> None:
+            super().dataReceived(data)
+            self.transport.pauseProducing()  # type: ignore[union-attr]
+
+    answers[0].deliverBody(Slow())
+    rig.receive(b"abc")
+    assert rig.endpoint.wires[0].producerState == "producing"
+    assert rig.answered(OK).data == b"abc"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK + b"x",
+        OK + OK,
+        OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+        OK.replace(b"HTTP/1.1", b"HTTP/1.0"),
+    ],
+    ids=["bytes after it", "another answer", "close", "1.0"],
+)
+def test_an_answer_that_leaves_doubt_is_given_but_its_connection_goes(
+    rig: Rig, answer: bytes
+) -> None:
+    body = rig.answered(answer)
+    assert (body.data, body.ends) == (b"abc", [ResponseDone])
+    assert rig.endpoint.wires[0].gone
+    rig.ask()
+    assert len(rig.endpoint.wires) == 2
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 3\r\nContent-Length: 3\r\n",
+        b"Content-Length: 3\r\nContent-Length: 4\r\n",
+        b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n",
+        b"Content-Length: +3\r\n",
+        b"Content-Length: 99999999999999999999999\r\n",
+        b"X: a\r\n b\r\n",
+        b"no colon\r\n",
+        b"X: " + b"a" * MAX_HEADER,
+    ],
+)
+def test_a_header_that_is_malformed_is_no_answer(rig: Rig, head: bytes) -> None:
+    answers = rig.ask()
+    rig.receive(b"HTTP/1.1 200 OK\r\n" + head + b"\r\nabc")
+    [error] = answers
+    assert isinstance(error, ResponseNeverReceived)
+    assert rig.endpoint.wires[0].gone
+
+
+def test_broken_chunks_break_the_body(rig: Rig) -> None:
+    body = rig.answered(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", b"zz\r\n"
+    )
+    assert (body.data, body.ends) == (b"abc", [ResponseFailed])
+    assert rig.endpoint.wires[0].gone
+
+
+@pytest.mark.parametrize("reason", [ConnectionDone(), ConnectionLost()])
+def test_a_body_without_a_length_ends_with_the_connection(rig: Rig, reason: Exception) -> None:
+    body = rig.answered(b"HTTP/1.1 200 OK\r\n\r\nabc")
+    assert body.ends == []
+    rig.endpoint.connections[0].connectionLost(Failure(reason))
+    assert (body.data, body.ends) == (b"abc", [PotentialDataLoss])
+
+
+def test_a_connection_that_ends_too_early_breaks_the_body(rig: Rig) -> None:
+    body = rig.answered(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc")
+    rig.endpoint.connections[0].connectionLost(Failure(ConnectionDone()))
+    assert (body.data, body.ends) == (b"abc", [ResponseFailed])
+
+
+def test_a_connection_that_ends_before_the_answer_is_no_answer(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.endpoint.connections[0].connectionLost(Failure(ConnectionDone()))
+    assert [type(answer) for answer in answers] == [ResponseNeverReceived]
+
+
+def test_an_idle_connection_that_speaks_is_closed(rig: Rig) -> None:
+    rig.answered(OK)
+    rig.receive(OK)
+    assert rig.endpoint.wires[0].gone
+    rig.ask()
+    assert len(rig.endpoint.wires) == 2
+
+
+def test_an_idle_connection_that_was_closed_is_not_used(rig: Rig) -> None:
+    rig.answered(OK)
+    rig.endpoint.connections[0].connectionLost(Failure(ConnectionDone()))
+    rig.ask()
+    assert len(rig.endpoint.wires) == 2
+
+
+def test_an_idle_connection_is_closed_after_its_time(rig: Rig) -> None:
+    rig.answered(OK)
+    rig.clock.advance(IDLE_S)
+    assert rig.endpoint.wires[0].gone
+    assert rig.clock.getDelayedCalls() == []
+
+
+def test_an_idle_connection_is_not_used_after_its_time_even_if_the_clock_is_late(rig: Rig) -> None:
+    rig.answered(OK)
+    rig.clock.rightNow += IDLE_S
+    rig.ask()
+    assert len(rig.endpoint.wires) == 2
+
+
+def test_stopping_closes_the_connection_at_once_and_says_so_once(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.receive(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nabc")
+    body = Body()
+    answers[0].deliverBody(body)
+    body.transport.stopProducing()  # type: ignore[union-attr]
+    assert rig.endpoint.wires[0].gone
+    rig.endpoint.connections[0].connectionLost(Failure(ConnectionLost()))
+    assert body.ends == [ResponseFailed]
+
+
+def test_a_whole_answer_that_nobody_wants_leaves_no_connection(rig: Rig) -> None:
+    class Unwanted(Body):
+        def connectionMade(self) -> None:
+            self.transport.stopProducing()  # type: ignore[union-attr]
+
+    answers = rig.ask()
+    rig.receive(OK)
+    answers[0].deliverBody(Unwanted())
+    assert rig.endpoint.wires[0].gone
+    rig.ask()
+    assert len(rig.endpoint.wires) == 2
+
+
+def test_cancelling_closes_the_connection(rig: Rig) -> None:
+    answers = rig.ask()
+    rig.last.cancel()
+    assert rig.endpoint.wires[0].gone
+    assert [type(answer) for answer in answers] == [ResponseNeverReceived]
+
+
+def test_no_connection_is_told_as_it_is(rig: Rig) -> None:
+    rig.endpoint.error = ConnectionRefusedError()
+    [error] = rig.ask()
+    assert isinstance(error, ConnectionRefusedError)
+
+
+def test_closing_the_agent_closes_idle_connections_and_keeps_no_new_ones(rig: Rig) -> None:
+    rig.answered(OK)
+    answers = rig.ask()
+    rig.agent.close()
+    rig.receive(OK)
+    answers[0].deliverBody(Body())
+    assert [wire.gone for wire in rig.endpoint.wires] == [True]
+    assert rig.clock.getDelayedCalls() == []
+
+
+# -- bodies that come in pieces ---------------------------------------------------------------
+
+
+@implementer(IBodyProducer)
+class Pieces:
+    """A body that is written by the test."""
+
+    length = UNKNOWN_LENGTH
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.sent: Deferred[None] = Deferred()
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        self.consumer = consumer
+        return self.sent
+
+    def write(self, parts: Sequence[bytes]) -> None:
+        for part in parts:
+            self.consumer.write(part)
+
+    def pauseProducing(self) -> None:
+        self.calls.append("pause")
+
+    def resumeProducing(self) -> None:
+        self.calls.append("resume")
+
+    def stopProducing(self) -> None:
+        self.calls.append("stop")
+
+
+def test_a_body_of_unknown_length_goes_in_chunks(rig: Rig) -> None:
+    pieces = Pieces()
+    rig.ask(pieces)
+    pieces.write([b"abc", b"", b"de"])
+    pieces.sent.callback(None)
+    head, _, body = rig.endpoint.wires[0].value().partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding: chunked" in head
+    assert b"Content-Length" not in head
+    assert body == b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+
+
+def test_a_slow_backend_holds_the_body_up(rig: Rig) -> None:
+    pieces = Pieces()
+    rig.ask(pieces)
+    rig.endpoint.wires[0].producer.pauseProducing()  # type: ignore[union-attr]
+    rig.endpoint.wires[0].producer.resumeProducing()  # type: ignore[union-attr]
+    assert pieces.calls == ["pause", "resume"]
+
+
+def test_a_body_that_breaks_off_never_looks_whole(rig: Rig) -> None:
+    pieces = Pieces()
+    answers = rig.ask(pieces)
+    pieces.write([b"abc"])
+    pieces.sent.errback(Failure(RuntimeError("the client is gone")))
+    assert rig.endpoint.wires[0].gone
+    assert not rig.endpoint.wires[0].value().endswith(b"0\r\n\r\n")
+    [error] = answers
+    assert isinstance(error.reasons[0].value, RuntimeError)
+
+
+def test_an_answer_before_the_end_of_the_body_leaves_no_connection(rig: Rig) -> None:
+    pieces = Pieces()
+    answers = rig.ask(pieces)
+    rig.receive(OK)
+    body = Body()
+    answers[0].deliverBody(body)
+    assert (body.data, body.ends) == (b"abc", [ResponseDone])
+    assert rig.endpoint.wires[0].gone
+    pieces.sent.callback(None)
+    rig.ask()
+    assert len(rig.endpoint.wires) == 2
