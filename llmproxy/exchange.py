@@ -31,7 +31,7 @@ from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import Metrics
-from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, utcnow
+from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.storage import ILedger
 from llmproxy.upload import ClientGone
 from llmproxy.upstream import BytesBody
@@ -200,6 +200,7 @@ class Exchange:
             await self._services.ledger.open(entry)
         except StorageError:
             raise Unavailable("Requests can't be taken right now; try again shortly.") from None
+        self._services.metrics.ledger_rows(State.OPEN)
 
     async def _send(self, entry: Entry, order: Order) -> Ending:
         services, backend = self._services, order.route.backend

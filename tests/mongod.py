@@ -377,7 +377,15 @@ class ReplicaSet:
     def step_down(self, seconds: int = 5) -> None:
         """Make the primary give up its place for at least `seconds`."""
         command = {"replSetStepDown": seconds, "secondaryCatchUpPeriodSecs": 3}
-        self.primary().client().admin.command(command)
+
+        def done() -> bool:
+            try:
+                self.primary().client().admin.command(command)
+            except pymongo.errors.OperationFailure:
+                return False  # no other member is ready to follow yet
+            return True
+
+        wait_until(done)
 
     def stop(self) -> None:
         """End all members."""

@@ -9,7 +9,7 @@ import pytest
 from housekeeping import FlushLoggedErrors
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
-from twisted.logger import LogEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
@@ -110,6 +110,7 @@ def logged():
     """The texts logged by deliveries, as they come."""
     events: list[str] = []
 
+    @implementer(ILogObserver)
     def observe(event: LogEvent) -> None:
         if event.get("log_namespace", "").startswith("llmproxy.delivery"):
             events.append(event["log_format"].format(**event))

@@ -568,6 +568,7 @@ async def test_metrics_and_readiness_are_on_the_admin_site_only(tmp_path: Path) 
                 'llmproxy_backend_requests_total{model="chat",status="200"} 1',
                 'llmproxy_tokens_total{model="chat",type="prompt"} 3',
                 'llmproxy_tokens_total{model="chat",type="completion"} 2',
+                'llmproxy_ledger_rows_total{state="open"} 1',
                 'llmproxy_ledger_rows_total{state="settled"} 1',
             ):
                 assert line in metrics

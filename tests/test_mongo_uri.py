@@ -198,16 +198,15 @@ class Zone(FileAuthority):
     """A name server's data for example.com."""
 
     def __init__(self, records: dict[str, list[Any]]) -> None:
-        common.ResolverBase.__init__(self)  # type: ignore[no-untyped-call]
+        common.ResolverBase.__init__(self)
         self._cache: dict[str, Any] = {}
-        soa = Record_SOA(mname="ns.example.com", rname="root.example.com")  # type: ignore[no-untyped-call]
-        self.soa = (b"example.com", soa)
-        self.records = {b"example.com": [soa]}
-        self.records.update({name.encode(): found for name, found in records.items()})
+        soa = Record_SOA(mname="ns.example.com", rname="root.example.com")
+        known = {name.encode(): found for name, found in records.items()}
+        vars(self).update(soa=(b"example.com", soa), records={b"example.com": [soa], **known})
 
 
 def srv(target: str, port: int) -> Record_SRV:
-    return Record_SRV(0, 0, port, target)  # type: ignore[no-untyped-call]
+    return Record_SRV(0, 0, port, target)
 
 
 @pytest.fixture
@@ -216,11 +215,11 @@ def name_server() -> Iterator[Any]:
     ports = []
 
     def serve(records: dict[str, list[Any]]) -> Any:
-        factory = server.DNSServerFactory(authorities=[Zone(records)])  # type: ignore[no-untyped-call]
-        protocol = dns.DNSDatagramProtocol(factory)  # type: ignore[no-untyped-call]
+        factory = server.DNSServerFactory(authorities=[Zone(records)])
+        protocol = dns.DNSDatagramProtocol(factory)
         ports.append(reactor.listenUDP(0, protocol, interface="127.0.0.1"))  # type: ignore[attr-defined]
         servers = [("127.0.0.1", ports[-1].getHost().port)]
-        return client.Resolver(servers=servers, timeout=(1,), reactor=reactor)  # type: ignore[no-untyped-call]
+        return client.Resolver(servers=servers, timeout=(1,), reactor=reactor)
 
     yield serve
     for port in ports:
@@ -310,10 +309,10 @@ async def test_other_addresses_ask_no_name_server() -> None:
 def test_the_system_s_name_servers_are_asked(tmp_path: Path) -> None:
     path = tmp_path / "resolv.conf"
     path.write_text("# comment\nnameserver ::1\nnameserver 192.0.2.1\nsearch example.com\n")
-    resolver: Any = system_resolver(reactor, str(path))  # type: ignore[arg-type]
+    resolver: Any = system_resolver(reactor, str(path))
     assert resolver.servers == [("192.0.2.1", 53)]
 
 
 def test_without_a_list_the_local_name_server_is_asked(tmp_path: Path) -> None:
-    resolver: Any = system_resolver(reactor, str(tmp_path / "missing"))  # type: ignore[arg-type]
+    resolver: Any = system_resolver(reactor, str(tmp_path / "missing"))
     assert resolver.servers == [("127.0.0.1", 53)]

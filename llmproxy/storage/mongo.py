@@ -34,9 +34,6 @@ EVENTS = ("billing", "events_oneoff")
 _UNAUTHORIZED = 13
 _DUPLICATE_KEY = 11000
 
-# The server gives up before we do, so that it can still say why.
-_WRITE_CONCERN = {"w": "majority", "j": True, "wtimeout": int(INSERT_TIMEOUT_S * 800)}
-
 _TAG = "ejson:"
 
 
@@ -160,8 +157,8 @@ class MongoEvents:
     async def insert(self, documents: Sequence[Document]) -> Document:
         """The server's own reply to an unordered insert, errors too."""
         database, collection = EVENTS
-        command = {"insert": collection, "ordered": False, "writeConcern": _WRITE_CONCERN}
-        return await self._pool.call(database, command, documents, timeout_s=INSERT_TIMEOUT_S)
+        command = {"insert": collection, "ordered": False}
+        return await self._pool.write(database, command, documents, timeout_s=INSERT_TIMEOUT_S)
 
 
 def raise_unless_stored(reply: Mapping[str, Any]) -> None:

@@ -43,13 +43,14 @@ POOL_SIZE = 4
 MAX_WAITING = 1000  # calls
 GRACE_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
+ATTEMPT_DELAY_S = 0.05
 LOGIN_TIMEOUT_S = 5.0
 RETRY_S, RETRY_MAX_S = 0.5, 2.0
 CLOSE_TIMEOUT_S = 2.0
 PING_S = 2.0  # both between pings and for an answer
 
-_AUTHENTICATION_FAILED = 18
-_MECHANISM_UNAVAILABLE = 334
+# AuthenticationFailed, UserNotFound, MechanismUnavailable
+_REFUSALS = frozenset({18, 11, 334})
 
 _CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
     tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
@@ -70,13 +71,18 @@ class _NoClusterTime:
 
 
 class Wire(MongoProtocol):  # type: ignore[misc]
-    """One connection to one server. `dead`: given up or lost, so that nobody may use it again."""
+    """One connection to one server.
+
+    `dead`: given up or lost, so that nobody may use it again. `replicated`: the server is no
+    standalone one, but a member of a set, or mongos.
+    """
 
     def __init__(self, clock: IReactorTime, host: Host) -> None:
         super().__init__()
         self.host = host
         self.used_at = clock.seconds()
         self.dead = False
+        self.replicated = True
         self._clock = clock
         self._reason = ""
         self._lost = False
@@ -211,7 +217,7 @@ class Login:
         reply = await wire.run(who.source, command, timeout_s=LOGIN_TIMEOUT_S)
         if reply.get("ok"):
             return reply
-        if reply.get("code") in (_AUTHENTICATION_FAILED, _MECHANISM_UNAVAILABLE):
+        if reply.get("code") in _REFUSALS:
             raise ConfigError(
                 f"{KEY}: MongoDB at {_text(wire.host)} refuses the user {who.username!r} of"
                 f" database {who.source!r}: wrong password, user, authSource or authMechanism"
@@ -222,7 +228,7 @@ class Login:
 class MongoPool:
     """Connections to the primary, made anew whenever they are lost, until `close()`.
 
-    `call()` and `read()` fail with `StorageError` and nothing else, but for a caller's own
+    `read()` and `write()` fail with `StorageError` and nothing else, but for a caller's own
     cancellation.
     """
 
@@ -310,30 +316,35 @@ class MongoPool:
             await ends.addTimeout(CLOSE_TIMEOUT_S, self._reactor)
 
     async def read(self, database: str, command: Document, *, timeout_s: float) -> Document:
-        """Like `call()`, for commands without effect: a lost connection is tried again once."""
+        """Run a command without effect on the primary, within `timeout_s`; returns its reply.
+
+        The reply can be an error. If the connection is lost, another one is tried, once.
+        """
         deadline = self._reactor.seconds() + timeout_s
         try:
-            return await self.call(database, command, timeout_s=timeout_s)
+            return await self._call(database, command, (), timeout_s)
         except Disconnected:
             left = deadline - self._reactor.seconds()
-            return await self.call(database, command, timeout_s=max(left, 0.001))
+            return await self._call(database, command, (), max(left, 0.001))
 
-    async def call(
-        self,
-        database: str,
-        command: Document,
-        documents: Sequence[Document] = (),
-        *,
-        timeout_s: float,
+    async def write(
+        self, database: str, command: Document, documents: Sequence[Document], *, timeout_s: float
     ) -> Document:
-        """Run a command on the primary within `timeout_s` and return its reply as it is.
+        """Run an insert of `documents`, to be acknowledged when it is there to stay.
 
-        `documents` travel beside an insert. A failure says nothing of the effect.
+        Like `read()`, but never sent twice. A failure says nothing of the effect.
         """
+        return await self._call(database, command, documents, timeout_s)
+
+    async def _call(
+        self, database: str, command: Document, documents: Sequence[Document], timeout_s: float
+    ) -> Document:
         deadline = self._reactor.seconds() + timeout_s
         wire = await self._take(timeout_s)
         try:
             left = max(deadline - self._reactor.seconds(), 0.001)
+            if documents:
+                command = {**command, "writeConcern": _write_concern(wire, left)}
             return await wire.run(database, command, documents, timeout_s=left)
         except Disconnected:
             self._drop(wire.host)
@@ -382,7 +393,7 @@ class MongoPool:
     # Connecting
 
     async def _keep_connected(self) -> None:
-        """The life of one slot; ends by cancellation only."""
+        """The life of one slot; ends when it is cancelled."""
         delay_s = RETRY_S
         while True:
             try:
@@ -391,6 +402,8 @@ class MongoPool:
                 raise
             except Exception as error:  # a slot that ends would never be filled again
                 self._failed(error)
+                if self._closing:  # an endpoint's way to say that its connecting was cancelled
+                    return
                 await self._sleep(delay_s * random.uniform(0.5, 1.0))
                 delay_s = min(delay_s * 2, RETRY_MAX_S)
                 continue
@@ -457,7 +470,10 @@ class MongoPool:
         if port is None:
             endpoint = UNIXClientEndpoint(self._reactor, name, CONNECT_TIMEOUT_S)
             return endpoint
-        endpoint = HostnameEndpoint(self._reactor, name, port, timeout=CONNECT_TIMEOUT_S)
+        # The delay is also how late a refusal is noticed, and it is a pause between two families.
+        endpoint = HostnameEndpoint(
+            self._reactor, name, port, timeout=CONNECT_TIMEOUT_S, attemptDelay=ATTEMPT_DELAY_S
+        )
         if self._tls is not None:
             endpoint = wrapClientTLS(self._tls.creator(name), endpoint)
         return endpoint
@@ -474,6 +490,7 @@ class MongoPool:
         if not hello.get("ok"):
             raise StorageError(f"{_text(wire.host)}: {describe(hello)}")
         self._check_set(wire, hello)
+        wire.replicated = "setName" in hello or hello.get("msg") == "isdbgrid"
         return hello
 
     def _check_set(self, wire: Wire, hello: Mapping[str, Any]) -> None:
@@ -515,7 +532,7 @@ class MongoPool:
         if isinstance(error, ConfigError):
             self._report(error)
         elif not isinstance(error, StorageError):
-            self._bug(Failure(error))  # type: ignore[no-untyped-call]
+            self._bug(Failure(error))
 
     def _report(self, error: Exception | None) -> None:
         started, self._started = self._started, []
@@ -561,6 +578,20 @@ class MongoPool:
 
     def _bug(self, failure: Failure) -> None:
         self.log.failure("MongoDB: an error of the pool itself", failure)
+
+
+def _write_concern(wire: Wire, timeout_s: float) -> Document:
+    """What makes an acknowledged write survive a crash of the server.
+
+    A server that stands alone does not wait for its journal with `majority` (8.2 acknowledged
+    inserts and had lost them after a kill -9); with `w: 1` it does. In a set, `majority` waits for
+    the journals of most members. The server gives up before we do, so that it can still say why.
+    """
+    return {
+        "w": "majority" if wire.replicated else 1,
+        "j": True,
+        "wtimeout": max(int(timeout_s * 800), 1),
+    }
 
 
 def describe(reply: Mapping[str, Any]) -> str:

@@ -115,7 +115,9 @@ class Load:
         prompt = self._plan.random.randint(1, 999)
         asked = Asked(marker, number, self.generation, speech, stream, prompt, tokens)
         self.asked.append(asked)
-        body = speech.request(self._plan.random.choice(self._plan.models), f"{asked.text} {ms}", stream=stream)
+        body = speech.request(
+            self._plan.random.choice(self._plan.models), f"{asked.text} {ms}", stream=stream
+        )
         head = (
             f"POST {speech.path} HTTP/1.1\r\nHost: p\r\nAuthorization: Bearer {self.key(number)}"
             f"\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

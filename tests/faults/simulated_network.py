@@ -97,7 +97,7 @@ class SimReactor:
         self.dead = False
         self.readers: set[SimTransport] = set()
         self.writers: set[SimTransport] = set()
-        self.transports: set[SimTransport] = set()
+        self.transports: dict[SimTransport, None] = {}  # a set has no order that repeats
         self.accept: Callable[[SimReactor], SimTransport | None] = lambda reactor: None
         self._calls: list[IDelayedCall] = []
 
@@ -227,7 +227,7 @@ class SimTransport(FileDescriptor):
         self._turn: IDelayedCall | None = None
         self._aborting = False
         socket.wake = self.wake
-        reactor.transports.add(self)
+        reactor.transports[self] = None
 
     def wake(self) -> None:
         """Something may have become possible: the reactor will look."""
@@ -279,7 +279,7 @@ class SimTransport(FileDescriptor):
         if self not in self.reactor.transports:  # type: ignore[attr-defined]
             return
         super().connectionLost(reason)
-        self.reactor.transports.discard(self)  # type: ignore[attr-defined]
+        del self.reactor.transports[self]  # type: ignore[attr-defined]
         self.socket.close(reset=bool(reason.check(ConnectionAborted)))
         protocol, self.protocol = self.protocol, None
         protocol.connectionLost(reason)

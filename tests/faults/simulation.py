@@ -383,8 +383,9 @@ class Process:
         if self.delivery is not None:
             self.delivery.stopService()
         self.services.backends.close()
-        for channel in list(self.site.connections):
-            channel.loseConnection()
+        for transport in list(self.reactor.transports):  # in a fixed order, unlike the site's set
+            if transport.protocol in self.site.connections:
+                transport.protocol.loseConnection()
 
     def leftovers(self) -> list[str]:
         """What should be gone after `stop`."""
@@ -392,6 +393,8 @@ class Process:
             return []
         found = [f"exchange of {self.name} still runs" for _ in self.services.exchanges]
         found += [f"connection of {self.name} is open" for _ in self.reactor.transports]
+        followed = self.services.checkpoints._streams
+        found += [f"checkpoints of {self.name} still follow {rid}" for rid in followed]
         return found + [f"delayed call: {call}" for call in self.reactor.getDelayedCalls()]
 
 
@@ -733,7 +736,7 @@ class History:
         if process.reactor.dead:
             return
         self._interrupt(slot)
-        for running in list(process.services.exchanges):
+        for running in sorted(process.services.exchanges, key=lambda e: e._request.rid):
             running.cut()
         self._await_end(slot, process)
 
@@ -1154,7 +1157,6 @@ def without_collector() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.unfreeze()
         gc.enable()
         gc.collect()
 

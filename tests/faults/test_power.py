@@ -113,7 +113,7 @@ class Experiment:
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         trace = "pwrite64,fdatasync,fsync,ftruncate"
         strace = ["strace", "-D", "-ff", "-ttt", "-T", "-y", "-xx", "-s70000", f"-etrace={trace}"]
-        around = [*strace, "-esignal=none", "-qqq", "-o", folder / "trace"]
+        around: list[str | Path] = [*strace, "-esignal=none", "-qqq", "-o", folder / "trace"]
         self.rig = Rig(folder, clients=CLIENTS, command=command, around=around)
         self._files = [self.rig.database, Path(f"{self.rig.database}-wal")]
         self.moments: list[Moment] = []
@@ -145,9 +145,9 @@ class Experiment:
     def _moments(self, asked: Sequence[Asked]) -> Iterator[Moment]:
         rids = {each.marker: each.rid for each in asked if each.rid is not None}
         for line in self.rig.backend_log.read_text().splitlines():
-            word, marker, *rest = line.split() + [""]
-            if word == "asked" and marker in rids:
-                yield Moment(float(rest[0]), rids[marker], billed=False)
+            word, *words = line.split()
+            if word == "asked" and words[0] in rids:
+                yield Moment(float(words[1]), rids[words[0]], billed=False)
         for each in asked:
             if each.finished and each.rid is not None:
                 yield Moment(each.ended_at, each.rid, billed=True)
