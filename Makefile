@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.cfg
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint check clean
+.PHONY: run test lint check faults clean
 
 run: $(VENV)/installed
 	$(BIN)/python -m llmproxy --demo
@@ -20,6 +20,10 @@ lint: $(VENV)/installed-dev
 
 check: $(VENV)/installed-dev mongod
 	$(BIN)/python -m pytest
+
+# The long form of the experiments on the ledger: an hour or more.
+faults: $(VENV)/installed-dev mongod
+	LLMPROXY_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 .PHONY: mongod
 mongod: $(VENV)/installed-dev

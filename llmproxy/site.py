@@ -19,7 +19,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web import server
-from twisted.web.http import HTTPChannel
+from twisted.web.http import HTTPChannel, datetimeToString
 from twisted.web.http import Request as HTTPRequest
 from twisted.web.resource import IResource
 
@@ -77,6 +77,7 @@ class Request(server.Request):
         self.site = self.channel.site
         self.defaultContentType = None
         self.setHeader(b"Server", SERVER)
+        self.setHeader(b"Date", self.site.date())
         self.setHeader(b"X-Request-Id", self.rid.encode())
         self.site.add_cors(self)
         self.prepath, self.postpath = [], self.path.split(b"/")
@@ -266,6 +267,7 @@ class Site(server.Site):
         self.connections: set[Channel] = set()
         self._metrics = metrics
         self._origin = origin.encode()
+        self._dated, self._date = -1, b""
         self.noisy = False
 
     def log(self, request: object) -> None:
@@ -276,6 +278,13 @@ class Site(server.Site):
 
     def stopFactory(self) -> None:
         """See `startFactory`."""
+
+    def date(self) -> bytes:
+        """The time as a Date field has it (RFC 9110 section 6.6.1), made once a second."""
+        now = int(self.clock.seconds())
+        if now != self._dated:
+            self._dated, self._date = now, datetimeToString(now)
+        return self._date
 
     def add_cors(self, request: Request) -> None:
         """Browsers may show our answers to pages of this origin (Fetch standard, section 3.2)."""

@@ -423,7 +423,7 @@ async def test_what_a_dead_process_left_is_delivered_by_the_next(box: Box) -> No
 @pytest_twisted.ensureDeferred
 async def test_a_row_is_delivered_once_the_operator_has_resolved_it(box: Box, state: State) -> None:
     ledger = box.ledger(bills_here=False)
-    await closed(ledger, 1, closing(state, {}))
+    await closed(ledger, 1, closing(state, {Kind.PROMPT: 99}))
     assert await ledger.undelivered(10) == []
     assert (await ledger.backlog())[0] == 0
     box.resolve("r1", COUNTS)

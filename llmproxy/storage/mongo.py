@@ -21,8 +21,9 @@ from zope.interface import implementer
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.model import Account, Event, utcnow
 from llmproxy.storage import IAccounts, IEventSink
-from llmproxy.storage.mongo_pool import Document, MongoPool, describe
+from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import KEY, MongoAddress, Resolver, parse, resolve, system_resolver
+from llmproxy.storage.mongo_wire import Document, describe
 
 FIND_TIMEOUT_S = 2.0
 INSERT_TIMEOUT_S = 10.0

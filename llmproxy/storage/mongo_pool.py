@@ -21,208 +21,37 @@ from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from bson.codec_options import CodecOptions, DatetimeConversion
-from bson.errors import BSONError
-from pymongo.errors import NotPrimaryError, PyMongoError
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, succeed
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IReactorTime, IStreamClientEndpoint
-from twisted.internet.protocol import Factory
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from txmongo.protocol import MongoProtocol, Msg
 
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.storage.mongo_tls import TLSClient
-from llmproxy.storage.mongo_uri import KEY, X509, Credentials, Host, MongoAddress
-from llmproxy.storage.scram import SHA_1, SHA_256, ScramConversation, ScramError, ScramKey
+from llmproxy.storage.mongo_uri import KEY, Host, MongoAddress
+from llmproxy.storage.mongo_wire import (
+    Disconnected,
+    Document,
+    Login,
+    Wire,
+    WireFactory,
+    describe,
+    host_text,
+    reason_text,
+    write_concern,
+)
 
 POOL_SIZE = 4
 MAX_WAITING = 1000  # calls
 GRACE_S = 2.0
 CONNECT_TIMEOUT_S = 2.0
 ATTEMPT_DELAY_S = 0.05
-LOGIN_TIMEOUT_S = 5.0
 RETRY_S, RETRY_MAX_S = 0.5, 2.0
 CLOSE_TIMEOUT_S = 2.0
 PING_S = 2.0  # both between pings and for an answer
-
-# AuthenticationFailed, UserNotFound, MechanismUnavailable
-_REFUSALS = frozenset({18, 11, 334})
-
-_CODEC: CodecOptions[dict[str, Any]] = CodecOptions(
-    tz_aware=True, datetime_conversion=DatetimeConversion.DATETIME_AUTO
-)
-
-Document = dict[str, Any]
-
-
-class Disconnected(StorageError):
-    """The connection was lost, or leads to no primary any more; another one may do."""
-
-
-class _NoClusterTime:
-    """What txmongo's protocol tells its pool; we use no sessions, so nobody needs to know."""
-
-    def _advance_cluster_time(self, session: object, reply: object) -> None:
-        pass
-
-
-class Wire(MongoProtocol):  # type: ignore[misc]
-    """One connection to one server.
-
-    `dead`: given up or lost, so that nobody may use it again. `replicated`: the server is no
-    standalone one, but a member of a set, or mongos.
-    """
-
-    def __init__(self, clock: IReactorTime, host: Host) -> None:
-        super().__init__()
-        self.host = host
-        self.used_at = clock.seconds()
-        self.dead = False
-        self.replicated = True
-        self._clock = clock
-        self._reason = ""
-        self._lost = False
-        self._closed: list[Deferred[None]] = []
-
-    async def run(
-        self,
-        database: str,
-        command: Mapping[str, Any],
-        documents: Sequence[Mapping[str, Any]] = (),
-        *,
-        timeout_s: float,
-    ) -> Document:
-        """Send one command and return the server's reply, whatever it says.
-
-        Fails with `Disconnected`, or with `StorageError` where no answer came in time: then the
-        connection is given up, and the command may still be carried out.
-        """
-        payload = {"documents": list(documents)} if documents else None
-        self.used_at = self._clock.seconds()
-        try:
-            message = Msg.create({**command, "$db": database}, payload, codec_options=_CODEC)
-            reply = self.send_msg(message, _CODEC, None, check=False)
-            answer: Document = await reply.addTimeout(timeout_s, self._clock)
-        except DeferredTimeout as error:
-            self.abort()
-            raise StorageError(f"{_text(self.host)}: no answer within {timeout_s:.1f} s") from error
-        except NotPrimaryError as error:
-            raise Disconnected(f"{_text(self.host)}: not the primary any more") from error
-        except (PyMongoError, BSONError) as error:
-            raise Disconnected(f"{_text(self.host)}: {self._reason or error}") from error
-        return answer
-
-    def abort(self) -> None:
-        """Close the connection at once."""
-        self.dead = True
-        if self.transport is not None:
-            self.transport.abortConnection()
-
-    def when_closed(self) -> Deferred[None]:
-        """Fires when the connection is gone."""
-        if self._lost:
-            return succeed(None)
-        waiting: Deferred[None] = Deferred()
-        self._closed.append(waiting)
-        return waiting
-
-    def fail(self, reason: object) -> None:
-        self._reason = f"the answer was not understood ({type(reason).__name__})"
-        self.abort()
-
-    def connectionLost(self, reason: Failure) -> None:
-        self.dead = self._lost = True
-        self._reason = self._reason or f"connection lost ({_reason(reason.value)})"
-        super().connectionLost(reason)
-        waiting, self._closed = self._closed, []
-        for deferred in waiting:
-            deferred.callback(None)
-
-
-class _WireFactory(Factory):
-    """Builds one `Wire`, and is what txmongo's protocol expects behind itself."""
-
-    noisy = False
-    pool = _NoClusterTime()
-
-    def __init__(self, clock: IReactorTime, host: Host) -> None:
-        self._clock = clock
-        self._host = host
-
-    def buildProtocol(self, addr: object) -> Wire:
-        wire = Wire(self._clock, self._host)
-        wire.factory = self
-        return wire
-
-    def setInstance(self, instance: object = None, reason: object = None) -> None:
-        pass
-
-
-class Login:
-    """Authenticates connections as one user; keeps what can be computed once."""
-
-    def __init__(self, credentials: Credentials | None) -> None:
-        self._credentials = credentials
-        self._keys: dict[str, ScramKey] = {}
-
-    def question(self) -> Document:
-        """What to add to hello in order to learn which mechanisms the user has."""
-        who = self._credentials
-        if who is None or who.mechanism != "DEFAULT":
-            return {}
-        return {"saslSupportedMechs": f"{who.source}.{who.username}"}
-
-    async def authenticate(self, wire: Wire, hello: Mapping[str, Any]) -> None:
-        """Raises `ConfigError` if the server refuses the user, else `StorageError`."""
-        who = self._credentials
-        if who is None:
-            return
-        if who.mechanism == X509:
-            await self._x509(wire, who)
-            return
-        offered = hello.get("saslSupportedMechs") or (SHA_1,)
-        default = SHA_256 if SHA_256 in offered else SHA_1
-        mechanism = default if who.mechanism == "DEFAULT" else who.mechanism
-        await self._scram(wire, who, mechanism)
-
-    async def _x509(self, wire: Wire, who: Credentials) -> None:
-        user = {} if who.username is None else {"user": who.username}
-        await self._step(wire, who, {"authenticate": 1, "mechanism": X509, **user})
-
-    async def _scram(self, wire: Wire, who: Credentials, mechanism: str) -> None:
-        try:
-            talk = ScramConversation(self._key(who, mechanism))
-            start = {"saslStart": 1, "mechanism": mechanism, "payload": talk.first()}
-            reply = await self._step(wire, who, {**start, "options": {"skipEmptyExchange": True}})
-            proof = {"payload": talk.final(bytes(reply["payload"]))}
-            reply = await self._step(wire, who, {**_continue(reply), **proof})
-            talk.verify(bytes(reply["payload"]))
-            if not reply.get("done"):
-                reply = await self._step(wire, who, {**_continue(reply), "payload": b""})
-        except ScramError as error:
-            raise ConfigError(f"{KEY}: {mechanism} at {_text(wire.host)}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{_text(wire.host)}: {mechanism} was not understood") from error
-
-    def _key(self, who: Credentials, mechanism: str) -> ScramKey:
-        if mechanism not in self._keys:
-            self._keys[mechanism] = ScramKey(mechanism, who.username or "", who.password or "")
-        return self._keys[mechanism]
-
-    async def _step(self, wire: Wire, who: Credentials, command: Document) -> Document:
-        reply = await wire.run(who.source, command, timeout_s=LOGIN_TIMEOUT_S)
-        if reply.get("ok"):
-            return reply
-        if reply.get("code") in _REFUSALS:
-            raise ConfigError(
-                f"{KEY}: MongoDB at {_text(wire.host)} refuses the user {who.username!r} of"
-                f" database {who.source!r}: wrong password, user, authSource or authMechanism"
-            )
-        raise StorageError(f"{_text(wire.host)}: {describe(reply)}")
 
 
 class MongoPool:
@@ -344,7 +173,7 @@ class MongoPool:
         try:
             left = max(deadline - self._reactor.seconds(), 0.001)
             if documents:
-                command = {**command, "writeConcern": _write_concern(wire, left)}
+                command = {**command, "writeConcern": write_concern(wire, left)}
             return await wire.run(database, command, documents, timeout_s=left)
         except Disconnected:
             self._drop(wire.host)
@@ -424,7 +253,7 @@ class MongoPool:
                 if wire is not None:
                     self._primary = host
                     return wire
-                error = StorageError(f"{_text(host)}: not a primary")
+                error = StorageError(f"{host_text(host)}: not a primary")
             except StorageError as failure:
                 error = failure
             if self._primary == host:
@@ -455,12 +284,12 @@ class MongoPool:
     async def _dial(self, host: Host) -> Wire:
         endpoint = self._endpoint(host)
         try:
-            connecting = endpoint.connect(_WireFactory(self._reactor, host))
+            connecting = endpoint.connect(WireFactory(self._reactor, host))
             wire = await connecting.addTimeout(CONNECT_TIMEOUT_S, self._reactor)
         except CancelledError:
             raise
         except Exception as error:  # every reason why a connection can't be made
-            raise StorageError(f"{_text(host)}: {_reason(error)}") from error
+            raise StorageError(f"{host_text(host)}: {reason_text(error)}") from error
         assert isinstance(wire, Wire)
         return wire
 
@@ -488,7 +317,7 @@ class MongoPool:
         }
         hello = await wire.run("admin", command, timeout_s=CONNECT_TIMEOUT_S)
         if not hello.get("ok"):
-            raise StorageError(f"{_text(wire.host)}: {describe(hello)}")
+            raise StorageError(f"{host_text(wire.host)}: {describe(hello)}")
         self._check_set(wire, hello)
         wire.replicated = "setName" in hello or hello.get("msg") == "isdbgrid"
         return hello
@@ -499,7 +328,9 @@ class MongoPool:
         if wanted is None or wanted == found or hello.get("isreplicaset"):
             return
         member = f"a member of {found!r}" if found else "no member of a replica set"
-        raise ConfigError(f"{KEY}: replicaSet is {wanted!r}, but {_text(wire.host)} is {member}")
+        raise ConfigError(
+            f"{KEY}: replicaSet is {wanted!r}, but {host_text(wire.host)} is {member}"
+        )
 
     def _learn(self, hello: Mapping[str, Any]) -> None:
         """Take the members and the primary from what one of them says."""
@@ -514,7 +345,7 @@ class MongoPool:
 
     def _add(self, wire: Wire) -> None:
         if not self._ready:
-            self.log.info("MongoDB: connected to the primary {host}", host=_text(wire.host))
+            self.log.info("MongoDB: connected to the primary {host}", host=host_text(wire.host))
         self._ready.add(wire)
         self._give_back(wire)
         self._report(None)
@@ -525,7 +356,9 @@ class MongoPool:
             self._free.remove(wire)
         if not self._ready and not self._closing:
             self._down_since = self._reactor.seconds()
-            self.log.warn("MongoDB: the last connection to {host} is lost", host=_text(wire.host))
+            self.log.warn(
+                "MongoDB: the last connection to {host} is lost", host=host_text(wire.host)
+            )
 
     def _failed(self, error: Exception) -> None:
         self._reason = error
@@ -580,44 +413,6 @@ class MongoPool:
         self.log.failure("MongoDB: an error of the pool itself", failure)
 
 
-def _write_concern(wire: Wire, timeout_s: float) -> Document:
-    """What makes an acknowledged write survive a crash of the server.
-
-    A server that stands alone does not wait for its journal with `majority` (8.2 acknowledged
-    inserts and had lost them after a kill -9); with `w: 1` it does. In a set, `majority` waits for
-    the journals of most members. The server gives up before we do, so that it can still say why.
-    """
-    return {
-        "w": "majority" if wire.replicated else 1,
-        "j": True,
-        "wtimeout": max(int(timeout_s * 800), 1),
-    }
-
-
-def describe(reply: Mapping[str, Any]) -> str:
-    """A server's error as one short line, without its text, which can repeat documents."""
-    return f"error {reply.get('code', '?')} {reply.get('codeName', '')}".rstrip()
-
-
-def _continue(reply: Mapping[str, Any]) -> Document:
-    return {"saslContinue": 1, "conversationId": reply["conversationId"]}
-
-
 def _host(text: str) -> Host:
     name, _, port = text.rpartition(":")
     return name.strip("[]"), int(port)
-
-
-def _text(host: Host) -> str:
-    name, port = host
-    if port is None:
-        return name
-    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-
-
-def _reason(error: BaseException | None) -> str:
-    """Why a connection failed, in one line; OpenSSL's errors are lists of triples."""
-    first: Any = error.args[0] if error is not None and error.args else None
-    if isinstance(first, list) and first and isinstance(first[0], tuple):
-        return f"TLS: {first[0][-1]}"
-    return " ".join(str(error).split()) or type(error).__name__

@@ -25,7 +25,7 @@ from llmproxy.errors import StorageError
 from llmproxy.exchange import Exchange
 from llmproxy.forward import Ending, Forward
 from llmproxy.meter import StreamMeter, _Chat
-from llmproxy.model import Account, Counts, Entry, Kind, Outcome, Settlement
+from llmproxy.model import Account, Counts, Entry, Kind, Outcome, Settlement, events
 from llmproxy.storage import journal
 from llmproxy.storage.journal import GroupCommit, Opening, SQLiteLedger
 from llmproxy.usage import Report
@@ -103,7 +103,7 @@ def events_without_identity() -> Iterator[None]:
     ) -> None:
         original(connection, entry, settlement, delivered=False)
         if delivered:
-            due = journal.events(entry, settlement)
+            due = events(entry, settlement)
             journal.add_events(connection, due)
             connection.execute("UPDATE ledger SET delivered = 1 WHERE rid = ?", (entry.rid,))
 
@@ -179,18 +179,22 @@ def recovery_takes_the_living() -> AbstractContextManager[Any]:
 
 def recovery_forgotten() -> AbstractContextManager[Any]:
     """What a dead process left open stays open."""
-    return mock.patch.object(SQLiteLedger, "recover", lambda self: succeed({}))
+
+    def recover(self: SQLiteLedger) -> Deferred[journal.Counter]:
+        return succeed({})
+
+    return mock.patch.object(SQLiteLedger, "recover", recover)
 
 
 def delivered_before_it_is_stored() -> AbstractContextManager[Any]:
     """Rows are marked first, then their events are sent."""
 
     async def move(self: Delivery) -> bool:
-        events = await self._outbox.undelivered(500)
-        if not events:
+        waiting = await self._outbox.undelivered(500)
+        if not waiting:
             return False
-        await self._outbox.mark_delivered([event.rid for event in events])
-        await self._sink.deliver(events)
+        await self._outbox.mark_delivered([event.rid for event in waiting])
+        await self._sink.deliver(waiting)
         return True
 
     return mock.patch.object(Delivery, "_move_batch", move)
@@ -246,7 +250,11 @@ def usage_shown_unasked() -> AbstractContextManager[Any]:
 
 def checkpoints_never_forgotten() -> AbstractContextManager[Any]:
     """Streams that have ended stay in the list of those that are checkpointed."""
-    return mock.patch.object(Checkpoints, "forget", lambda self, rid: None)
+
+    def forget(self: Checkpoints, rid: str) -> None:
+        """It stays."""
+
+    return mock.patch.object(Checkpoints, "forget", forget)
 
 
 PLANTS: Sequence[Plant] = (

@@ -306,6 +306,7 @@ class SimTransport(FileDescriptor):
         raise NotImplementedError("nobody here closes half of a connection")
 
 
+@implementer(IConnector)
 class SimConnector:
     """A connection that is being made, as `IReactorTCP.connectTCP` gives it."""
 
@@ -346,6 +347,9 @@ class SimConnector:
 
     def disconnect(self) -> None:
         self._fail(UserError())
+
+    def connect(self) -> None:
+        raise NotImplementedError("an attempt is made once")
 
     def getDestination(self) -> IPv4Address:
         return HERE

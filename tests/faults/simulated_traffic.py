@@ -23,6 +23,8 @@ MODELS = {
     "continuous-drain": ("continuous", "drain"),
     "continuous-cancel": ("continuous", "cancel"),
 }
+#: How long the proxy reads on for a client that has left.
+DRAIN_S = 20.0
 STREAMS = [e for e in ENDPOINTS.values() if e.streams]
 WHOLES = list(ENDPOINTS.values())
 ABSURD: Sequence[bytes] = (

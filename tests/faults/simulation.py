@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import hashlib
 import random
 import re
-import sqlite3
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -42,10 +40,10 @@ from simulated_network import (
     attach,
     socket_pair,
 )
-from simulated_traffic import MODELS, Ask, make_ask
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall
-from twisted.internet.protocol import Protocol, connectionDone
+from simulated_peers import BackendEnd, Client, Seen
+from simulated_store import SimPool, Sink, Store
+from simulated_traffic import DRAIN_S, MODELS, Ask, make_ask
+from simulated_verdict import Verdict
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -56,200 +54,26 @@ from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
 from llmproxy.delivery import Delivery
-from llmproxy.endpoints import Shape
-from llmproxy.errors import StorageError
 from llmproxy.exchange import Services
-from llmproxy.forward import KEEPALIVE
 from llmproxy.metrics import Metrics
-from llmproxy.model import Event, Kind, Outcome, State, product
+from llmproxy.model import Kind, State, product
 from llmproxy.resource import make_root
 from llmproxy.site import Site
-from llmproxy.storage import IEventSink, journal
+from llmproxy.storage import journal
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
-from llmproxy.storage.sqlite import SQLiteAccounts, connect, migrate
+from llmproxy.storage.sqlite import SQLiteAccounts
 from llmproxy.upstream import Upstream
 
-#: When histories begin: a Unix time.
-EPOCH = 1_800_000_000.0
 #: A history that is not quiet after this time hangs.
 LONGEST_S = 400.0
-#: How long a client waits for an answer before it calls that a fault.
-PATIENCE_S = 150.0
 #: What a history may take.
 MOST_STEPS = 200_000
 MARK = re.compile(rb"mark-(\d+)-")
-DRAIN_S = 20.0
 
 
 class BrokenPromise(AssertionError):
     """A history in which a promise did not hold."""
-
-
-# -- the store -----------------------------------------------------------------------------
-
-
-class FaultyConnection:
-    """A connection on which the `at`th statement fails; with `late`, the commit does, too late."""
-
-    def __init__(self, connection: sqlite3.Connection, at: int, late: bool) -> None:
-        self._connection, self._at, self._late = connection, at, late
-
-    @property
-    def in_transaction(self) -> bool:
-        return self._connection.in_transaction
-
-    def execute(self, statement: str, *parameters: Any) -> Any:
-        if self._late:
-            result = self._connection.execute(statement, *parameters)
-            if statement == "COMMIT":
-                raise sqlite3.OperationalError("disk I/O error")
-            return result
-        self._count(statement)
-        return self._connection.execute(statement, *parameters)
-
-    def executemany(self, statement: str, rows: Any) -> Any:
-        self._count(statement)
-        return self._connection.executemany(statement, rows)
-
-    def _count(self, statement: str) -> None:
-        self._at -= 1
-        if self._at == 0 and statement != "ROLLBACK":
-            raise sqlite3.OperationalError("disk I/O error")
-
-
-class SimPool:
-    """One database thread: runs what it is given in order, later, and not always well."""
-
-    def __init__(self, world: World, reactor: SimReactor, store: Store) -> None:
-        self._world, self._reactor, self._store = world, reactor, store
-        self._jobs: deque[tuple[Callable[[Any], Any], Deferred[Any]]] = deque()
-        self._running: Callable[[Any], Any] | None = None
-
-    def runWithConnection(self, work: Callable[..., Any], *args: Any) -> Deferred[Any]:
-        return self._add(lambda connection: work(connection, *args))
-
-    def runQuery(self, statement: str, parameters: Sequence[Any]) -> Deferred[Any]:
-        return self._add(lambda connection: connection.execute(statement, parameters).fetchall())
-
-    def _add(self, work: Callable[[Any], Any]) -> Deferred[Any]:
-        done: Deferred[Any] = Deferred()
-        self._jobs.append((work, done))
-        if len(self._jobs) == 1:
-            self._start()
-        return done
-
-    def _start(self) -> None:
-        self._running = self._jobs[0][0]
-        self._world.callLater(self._store.delay(), self._apply)
-
-    def _apply(self) -> None:
-        work, self._running = self._running, None
-        if self._reactor.dead or work is None:
-            return
-        try:
-            result = work(self._store.connection_now())
-        except Exception:
-            result = Failure()
-            self._world.say(f"store: {result.value}")
-            self._store.failures += 1
-        self._world.callLater(self._store.delay(), self._report, result)
-
-    def _report(self, result: Any) -> None:
-        if self._reactor.dead:
-            return
-        _, done = self._jobs.popleft()
-        if self._jobs:
-            self._start()
-        done.callback(result)
-
-    def crash(self) -> None:
-        """The process dies, perhaps in the middle of a commit, perhaps just after it."""
-        work, self._running = self._running, None
-        if work is not None and self._world.rng.random() < 0.5:
-            with contextlib.suppress(Exception):
-                work(self._store.connection_now())
-
-
-class Store:
-    """The database of a history, and its troubles."""
-
-    def __init__(self, world: World, after_schema: str = "") -> None:
-        rng = world.rng
-        self._world = world
-        self.connection = connect(":memory:")
-        migrate(self.connection)
-        if after_schema:
-            self.connection.executescript(after_schema)
-        self._rate = rng.choice((0.0, 0.0, 0.0, 0.1, 0.4))
-        begins = EPOCH + rng.uniform(0, 2)
-        self._down = (begins, begins + (rng.uniform(0, 6) if rng.random() < 0.15 else 0))
-        self._slow = rng.choice((0.0, 0.0001, 0.01, 0.1))
-        self.failures = 0
-
-    def add_key(self, key: str, expires: str | None = None) -> None:
-        secret = hashlib.sha256(key.encode()).hexdigest()
-        self.connection.execute(
-            "INSERT INTO api_key (id, secret, type, expires) VALUES (?, ?, 'LLM', ?)",
-            (key, secret, expires),
-        )
-
-    def delay(self) -> float:
-        rng = self._world.rng
-        if self._rate and rng.random() < 0.03:
-            return rng.uniform(0.5, 3)
-        return rng.random() * self._slow
-
-    def connection_now(self) -> Any:
-        """The connection, well or not."""
-        rng = self._world.rng
-        down = self._down[0] <= self._world.seconds() < self._down[1]
-        if down or rng.random() < self._rate:
-            kind = rng.choice(("locked", "midway", "late"))
-            at = 1 if kind == "locked" else rng.randint(2, 5)
-            return FaultyConnection(self.connection, at, kind == "late")
-        return self.connection
-
-    def rows(self) -> list[dict[str, Any]]:
-        cursor = self.connection.execute("SELECT * FROM ledger ORDER BY rid")
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
-
-    def row_of(self, number: int) -> dict[str, Any] | None:
-        found = [row for row in self.rows() if row["api_key"] == f"key-{number}"]
-        return found[0] if found else None
-
-
-@implementer(IEventSink)
-class Sink:
-    """Where events are delivered; it may be slow, fail, fail half-way, or fail too late."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self._rate = world.rng.choice((0.0, 0.2, 0.5))
-        self.events: list[Event] = []
-        self.keyed = True
-
-    def deliver(self, events: Sequence[Event]) -> Deferred[None]:
-        done: Deferred[None] = Deferred()
-        self._world.callLater(self._world.latency(), self._store, list(events), done)
-        return done
-
-    def _store(self, events: list[Event], done: Deferred[None]) -> None:
-        rng = self._world.rng
-        failed = rng.random() < self._rate
-        kept = events[: rng.randint(0, len(events))] if failed else events
-        there = {(event.rid, event.product) for event in self.events}
-        self.events += [e for e in kept if not self.keyed or (e.rid, e.product) not in there]
-        result: Any = Failure(StorageError("no answer")) if failed else None
-        self._world.callLater(self._world.latency(), self._answer, done, result)
-
-    def _answer(self, done: Deferred[None], result: Any) -> None:
-        if not done.called:
-            done.callback(result)
-
-
-# -- the proxy -----------------------------------------------------------------------------
 
 
 class SimOwners(Owners):
@@ -398,251 +222,12 @@ class Process:
         return found + [f"delayed call: {call}" for call in self.reactor.getDelayedCalls()]
 
 
-# -- the backend ---------------------------------------------------------------------------
-
-
-class BackendEnd(Protocol):
-    """A backend's side of one connection: reads a request, does what its plan says."""
-
-    def __init__(self, history: History) -> None:
-        self._history = history
-        self._buffer = b""
-        self._ask: Ask | None = None
-        self._call: IDelayedCall | None = None
-        self._transport: SimTransport
-
-    def connectionMade(self) -> None:
-        transport: Any = self.transport
-        self._transport = transport
-
-    def dataReceived(self, data: bytes) -> None:
-        self._buffer += data
-        if self._ask is None and _whole_request(self._buffer):
-            self._serve()
-
-    def _serve(self) -> None:
-        request, self._buffer = self._buffer, b""
-        ask = self._ask = self._history.arrived(request)
-        world = self._history.world
-        think = world.rng.choices((0.0, 0.02, 3.0, 8.0), (60, 30, 4, 1))[0] * world.rng.random()
-        self._later(think, self._send, deque(ask.plan.pieces))
-
-    def _send(self, pieces: deque[tuple[float, bytes]]) -> None:
-        if pieces:
-            delay, piece = pieces.popleft()
-            self._transport.write(piece)
-            self._later(delay, self._send, pieces)
-        else:
-            self._finish()
-
-    def _finish(self) -> None:
-        world = self._history.world
-        assert self._ask is not None
-        after, self._ask = self._ask.plan.after, None
-        if after == "close":
-            self._later(world.rng.random() * 0.01, self._transport.loseConnection)
-        elif after == "reset":
-            self._transport.abortConnection()
-        elif after == "stall":
-            self._later(60, self._transport.abortConnection)
-        elif world.rng.random() < 0.2:  # an idle connection's end
-            self._later(world.rng.random() * 3, self._transport.loseConnection)
-
-    def _later(self, delay: float, act: Callable[..., None], *args: Any) -> None:
-        self._stop()
-        self._call = self._history.backends.callLater(delay, act, *args)
-
-    def _stop(self) -> None:
-        if self._call is not None and self._call.active():
-            self._call.cancel()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._stop()
-        if self._ask is None and self._buffer:
-            self._history.arrived_in_part(self._buffer)
-
-
-def _whole_request(data: bytes) -> bool:
-    head, found, body = data.partition(b"\r\n\r\n")
-    if not found:
-        return False
-    length = re.search(rb"(?i)content-length: *(\d+)", head)
-    return len(body) >= int(length[1]) if length else body.endswith(b"0\r\n\r\n")
-
-
-# -- the client ----------------------------------------------------------------------------
-
-
-@dataclass
-class Seen:
-    """What a client saw of one answer."""
-
-    status: int = 0
-    body: bytearray = field(default_factory=bytearray)
-    whole: bool = False
-    fields: dict[bytes, bytes] = field(default_factory=dict)
-    released: bool = False
-
-
-class Client(Protocol):
-    """A client with one connection: sends its requests, and leaves when it likes."""
-
-    def __init__(self, history: History, process: str, asks: list[Ask]) -> None:
-        rng = history.world.rng
-        self.asks = asks
-        self.process = process
-        self.over = False
-        self.left = False
-        self._history = history
-        self._transport: SimTransport | None = None
-        self._pipelined = rng.random() < 0.3
-        self._pace = rng.choices((0.0, 0.01, 0.5), (80, 12, 3))[0]
-        self._leave_bytes = rng.choice((1, 30, 300, 500, 900)) if rng.random() < 0.25 else None
-        self._leave_s = rng.random() * rng.choice((0.01, 0.1, 1, 5))
-        self._leaves_in_time = rng.random() < 0.2
-        self._received = 0
-        self._buffer = b""
-        self._at = 0
-        self._calls: list[IDelayedCall] = []
-        self._unsent: deque[tuple[float, bytes]] = deque()
-
-    def begin(self) -> None:
-        """Connect."""
-        process = self._history.processes[self.process]
-        if process.connect(self._history.clients, self) is None:
-            self.over = True
-            return
-        self._later(PATIENCE_S, self._hangs)
-        if self._leaves_in_time:
-            self._later(self._leave_s, self._leave)
-        asks = self.asks if self._pipelined else self.asks[:1]
-        self._send(b"".join(ask.data for ask in asks))
-
-    def connectionMade(self) -> None:
-        transport: Any = self.transport
-        self._transport = transport
-
-    def _later(self, delay: float, act: Callable[..., None], *args: Any) -> None:
-        self._calls.append(self._history.clients.callLater(delay, act, *args))
-
-    def _send(self, data: bytes) -> None:
-        """Send after what is on its way, and not always at once."""
-        rng = self._history.world.rng
-        cut = len(data) if rng.random() < 0.6 else rng.randint(1, len(data))
-        pause_s = rng.random() * rng.choice((0.001, 0.1, 0.1, 0.1, 4))
-        self._unsent += [(0.0, data[:cut]), (pause_s, data[cut:])]
-        if len(self._unsent) == 2:
-            self._write_on()
-
-    def _write_on(self) -> None:
-        if self._transport is None:
-            return
-        self._transport.write(self._unsent.popleft()[1])
-        if self._unsent:
-            self._later(self._unsent[0][0], self._write_on)
-
-    def dataReceived(self, data: bytes) -> None:
-        self._received += len(data)
-        self._buffer += data
-        while self._at < len(self.asks) and self._parse(self._history.seen[self._ask.number]):
-            self._at += 1
-            if self._at == len(self.asks):
-                self._later(self._history.world.rng.random(), self._leave)
-            elif not self._pipelined:
-                self._send(self._ask.data)
-        if self._leave_bytes is not None and self._received >= self._leave_bytes:
-            self._leave()
-        elif self._pace and self._transport is not None:
-            self._transport.pauseProducing()
-            self._later(self._pace * self._history.world.rng.random(), self._read_on)
-
-    def _read_on(self) -> None:
-        if self._transport is not None:
-            self._transport.resumeProducing()
-
-    @property
-    def _ask(self) -> Ask:
-        return self.asks[self._at]
-
-    def _parse(self, seen: Seen) -> bool:
-        """Take what has come of an answer; True when it is whole."""
-        if not seen.status and not self._parse_head(seen):
-            return False
-        if seen.fields.get(b"transfer-encoding") == b"chunked":
-            self._parse_chunks(seen)
-        else:
-            size = int(seen.fields.get(b"content-length", b"0"))
-            if seen.status == 204:
-                size = 0
-            taken = size - len(seen.body)
-            seen.body += self._buffer[:taken]
-            self._buffer = self._buffer[taken:]
-            seen.whole = len(seen.body) == size
-        self._history.check_release(self._ask, seen)
-        return seen.whole
-
-    def _parse_head(self, seen: Seen) -> bool:
-        head, found, rest = self._buffer.partition(b"\r\n\r\n")
-        if not found:
-            return False
-        self._buffer = rest
-        line, *lines = head.split(b"\r\n")
-        status = int(line.split()[1])
-        if status == 100:
-            return self._parse_head(seen)
-        seen.status = status
-        for text in lines:
-            name, _, value = text.partition(b": ")
-            seen.fields[name.lower()] = value
-        return True
-
-    def _parse_chunks(self, seen: Seen) -> None:
-        while not seen.whole:
-            size_text, found, rest = self._buffer.partition(b"\r\n")
-            if not found:
-                return
-            size = int(size_text, 16)
-            if len(rest) < size + 2:
-                return
-            seen.body += rest[:size]
-            self._buffer = rest[size + 2 :]
-            seen.whole = size == 0
-
-    def _leave(self) -> None:
-        if self._transport is not None and not self.left:
-            self.left = True
-            reset = self._history.world.rng.random() < 0.4
-            self._history.world.say(f"client {self.names} leaves ({'RST' if reset else 'FIN'})")
-            if reset:
-                self._transport.abortConnection()
-            else:
-                self._transport.loseConnection()
-
-    def _hangs(self) -> None:
-        self._history.broken(f"client {self.names} got no end of its answer")
-
-    @property
-    def names(self) -> str:
-        return ",".join(str(ask.number) for ask in self.asks)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self._transport = None
-        self.over = True
-        for call in self._calls:
-            if call.active():
-                call.cancel()
-
-
-# -- a history -----------------------------------------------------------------------------
-
-
 class History:
     """Everything that happens from one seed."""
 
     def __init__(self, seed: int, say: Callable[[str], None]) -> None:
         rng = random.Random(seed)
         self.world = World(rng, self._say)
-        self.world.rightNow = EPOCH
         self._tell = say
         self.store = Store(self.world, SCHEMA_HOOK[0])
         self.sink = Sink(self.world)
@@ -747,7 +332,8 @@ class History:
             self.world.callLater(0.05, self._await_end, slot, process)
             return
         self._say(f"{process.name} stops")
-        if any(row["owner"] == process.name and row["state"] == "open" for row in self.store.rows()):
+        mine = [row for row in self.store.rows() if row["owner"] == process.name]
+        if any(row["state"] == State.OPEN for row in mine):
             self.broken(f"{process.name} stopped in order and left an open row")
         process.stop()
         self.world.callLater(2.0, self._end, slot, process)
@@ -919,128 +505,6 @@ class History:
         return datetime.fromtimestamp(self.world.seconds(), UTC)
 
 
-class Verdict:
-    """The promises, for one request of a history that is over."""
-
-    def __init__(self, history: History, ask: Ask, rows: list[dict[str, Any]]) -> None:
-        self._history, self._ask, self._rows = history, ask, rows
-        self._plan = ask.plan
-        self._seen = history.seen[ask.number]
-        self._arrived = ask.number in history.log
-        self._body = bytes(self._seen.body).replace(KEEPALIVE, b"")
-
-    def _broken(self, text: str) -> None:
-        row = self._rows[0] if self._rows else {}
-        brief = {name: row.get(name) for name in ("state", "outcome", *Kind)}
-        self._history.broken(f"request {self._ask.number}: {text}; row {brief}")
-
-    def check(self) -> None:
-        """All of them."""
-        if self._ask.refusal is not None:
-            self._check_refused()
-            return
-        if len(self._rows) > 1:
-            self._broken(f"has {len(self._rows)} rows")
-        reached = self._arrived or self._ask.number in self._history.in_part
-        if reached and not self._rows:
-            self._broken("was sent and has no row")
-        if self._seen.status == 200:
-            self._check_answer()
-        if self._rows:
-            self._check_row(self._rows[0])
-
-    def _check_refused(self) -> None:
-        if self._rows:
-            self._broken("was refused, and has a row")
-        if self._seen.status not in (0, self._ask.refusal, 503):
-            self._broken(f"got {self._seen.status} instead of {self._ask.refusal}")
-
-    def _check_answer(self) -> None:
-        """A client saw nothing that the backend did not send, and no false end."""
-        if not self._arrived:
-            self._broken("got an answer that no backend sent")
-        elif self._seen.whole:
-            if self._body != self._plan.shown:
-                self._broken(f"got {self._body!r} instead of {self._plan.shown!r}")
-            if not self._rows:
-                self._broken("got a whole answer for nothing")
-        elif not self._plan.shown.startswith(_without_error(self._body)):
-            self._broken(f"got {self._body!r}, which is no part of {self._plan.shown!r}")
-
-    def _check_row(self, row: Mapping[str, Any]) -> None:
-        state, outcome = State(row["state"]), row["outcome"]
-        counts = {kind: row[kind] for kind in Kind if row[kind] is not None}
-        if state is State.OPEN:
-            self._broken("is open for ever")
-        elif state is State.SETTLED:
-            self._check_settled(counts, outcome)
-        if state in (State.SETTLED, State.ESTIMATED):
-            self._check_bounds(counts, outcome)
-        if self._plan.is_result and (self._seen.whole and self._seen.status == 200):
-            self._check_complete(state, counts)
-        if self._must_be_drained(outcome):
-            self._check_complete(state, counts)
-
-    def _check_settled(self, counts: Mapping[Kind, int], outcome: str | None) -> None:
-        plan = self._plan
-        if counts == plan.truth and self._told:
-            return
-        if not counts:
-            result = 200 <= plan.status < 300 and not plan.error
-            if self._arrived and result and self._ask.endpoint.shape is not Shape.FREE:
-                self._broken("was settled for nothing, though the backend answered")
-        elif not plan.continuous or outcome == Outcome.COMPLETE:
-            self._broken(f"was settled wrong, the truth is {dict(plan.truth)} {plan.lie}")
-
-    def _check_bounds(self, counts: Mapping[Kind, int], outcome: str | None) -> None:
-        """Never more than the truth; never less than what the client saw."""
-        for kind, count in counts.items():
-            if count > self._plan.truth.get(kind, 0):
-                self._broken(f"has more than the truth, {dict(self._plan.truth)}")
-        if outcome is None or self._seen.status != 200 or not self._plan.stream:
-            return  # after a crash, the last checkpoint is what is known
-        events, tokens = self._plan.seen(len(_without_error(self._body)))
-        least = tokens if self._plan.continuous else events
-        if counts.get(Kind.COMPLETION, 0) < least:
-            self._broken(f"has less than the client saw, {least}")
-
-    @property
-    def _told(self) -> bool:
-        """The backend told the truth: running counts tell it too."""
-        return not self._plan.lie or (self._plan.continuous and self._plan.lie != "absurd")
-
-    def _check_complete(self, state: State, counts: Mapping[Kind, int]) -> None:
-        """A whole answer: the backend's number, or marked as not known."""
-        if self._told:
-            if state is not State.SETTLED or counts != self._plan.truth:
-                self._broken(f"is complete, and the truth is {dict(self._plan.truth)}")
-        elif self._plan.lie == "absurd" and state is not State.DISPUTED:
-            self._broken("is complete with an absurd usage, and not disputed")
-        elif state is State.SETTLED:
-            self._broken("is complete without usage, and was settled")
-
-    def _must_be_drained(self, outcome: str | None) -> bool:
-        """The client left, and the backend's answer is read to its end all the same."""
-        plan = self._plan
-        return (
-            outcome == Outcome.CLIENT_GONE
-            and self._ask.number not in self._history.crashed
-            and self._arrived
-            and self._ask.model.endswith("drain")
-            and plan.is_result
-            and not plan.broken
-            and plan.seconds < DRAIN_S / 4
-            and len(plan.sent) < 1000
-        )
-
-
-def _without_error(body: bytes) -> bytes:
-    """A cut stream without the error event at its end."""
-    for start in (b'event: error\ndata: {"type":"error"', b'data: {"error":{"message"'):
-        body = body.partition(start)[0]
-    return body
-
-
 #: SQL that a planted fault runs after the schema.
 SCHEMA_HOOK = [""]
 
@@ -1097,8 +561,9 @@ def play(seed: int, say: Callable[[str], None] = lambda text: None) -> Result:
         finally:
             if "store" in vars(history):
                 history.store.connection.close()
-    tally = getattr(history, "tally", Counter[str]())
-    return Result({seed: faults} if faults else {}, tally)
+    result = Result({seed: faults} if faults else {})
+    result.tally.update(getattr(history, "tally", {}))
+    return result
 
 
 def describe(seed: int) -> str:

@@ -14,8 +14,10 @@ from figures import LONG, report
 from housekeeping import FlushLoggedErrors
 from simulated_network import SimReactor, SimTransport, World, attach, socket_pair
 from simulation import Result, describe, play, play_all
-from twisted.internet.interfaces import IReactorTime, ITCPTransport
-from twisted.internet.protocol import Protocol
+from twisted.internet.interfaces import IPushProducer, IReactorTime, ITCPTransport
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 HISTORIES = 100_000 if LONG else 1_500
@@ -113,8 +115,8 @@ class Recorder(Protocol):
     def dataReceived(self, data: bytes) -> None:
         self.received += data
 
-    def connectionLost(self, reason: object = None) -> None:
-        self.reasons.append(getattr(reason, "type").__name__)
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.reasons.append(type(reason.value).__name__)
 
 
 def _connected(seed: int, held: bool = False) -> tuple[World, SimTransport, Recorder]:
@@ -145,6 +147,7 @@ def test_a_reader_that_does_not_read_is_not_written_to_without_end() -> None:
     world, writer, reader = _connected(1, held=True)
     paused: list[bool] = []
 
+    @implementer(IPushProducer)
     class Producer:
         def pauseProducing(self) -> None:
             paused.append(True)
