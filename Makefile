@@ -25,6 +25,13 @@ check: $(VENV)/installed-dev mongod
 faults: $(VENV)/installed-dev mongod
 	LLMPROXY_FAULTS=long $(BIN)/python -m pytest tests/faults
 
+# What the proxy costs, beside nginx and sglang-router: a quarter of an hour, or `make bench BENCH=--quick`.
+# Needs Linux with two cores and gcc, and wants nginx-light. docs/performance.md tells more.
+BENCH ?=
+.PHONY: bench
+bench: $(VENV)/installed
+	$(BIN)/python bench/run.py $(BENCH)
+
 .PHONY: mongod
 mongod: $(VENV)/installed-dev
 	@ldconfig -p | grep -q 'libcurl\.so\.4' || { \
@@ -46,4 +53,4 @@ $(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) bench/.venv bench/build bench/results build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,15 +26,21 @@ from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Config
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Body, Endpoint
-from llmproxy.errors import ProxyError, StorageError, Unavailable, UnsupportedMediaType
+from llmproxy.errors import (
+    BackendTimeout,
+    ProxyError,
+    StorageError,
+    Unavailable,
+    UnsupportedMediaType,
+)
 from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import Metrics
-from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, State, utcnow
+from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.storage import ILedger
 from llmproxy.upload import ClientGone
-from llmproxy.upstream import BytesBody
+from llmproxy.upstream import BytesBody, NotSent
 
 if TYPE_CHECKING:
     from llmproxy.site import Request
@@ -225,7 +231,8 @@ class Exchange:
         await self._services.ledger.settle(entry, closing)
         metrics = self._services.metrics
         metrics.ledger_rows(closing.state)
-        metrics.for_backend(entry.model).billed(closing.counts)
+        if closing.state in BILLED:
+            metrics.for_backend(entry.model).billed(closing.counts)
         self._log(entry, closing)
 
     def _release(self, ending: Ending) -> None:
@@ -275,7 +282,7 @@ class Exchange:
         metrics = self._services.metrics.for_backend(model)
         metrics.request_done(ending.status, self._services.monotonic() - self._forward_began)
         if ending.outcome not in (Outcome.COMPLETE, Outcome.CLIENT_GONE):
-            metrics.error(ending.outcome)
+            metrics.error(_error_type(ending))
 
     def _log(self, entry: Entry, closing: Settlement) -> None:
         log.info(
@@ -296,6 +303,15 @@ class Exchange:
             duration_ms=_ms(self._services.monotonic() - self._began),
             ttft_ms=None if self._first_token_s is None else _ms(self._first_token_s),
         )
+
+
+def _error_type(ending: Ending) -> str:
+    """What went wrong with the backend, as the metrics have it."""
+    if isinstance(ending.last, NotSent):
+        return "connect"
+    if isinstance(ending.last, BackendTimeout) and ending.outcome is Outcome.BACKEND_FAILED:
+        return "timeout"
+    return ending.outcome
 
 
 def _ms(seconds: float) -> float:

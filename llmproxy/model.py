@@ -41,6 +41,10 @@ class State(enum.StrEnum):
     ORPHAN = "orphan"  # nothing is known; waits for the operator
 
 
+#: The states whose counts are on the bill.
+BILLED = frozenset({State.SETTLED, State.ESTIMATED})
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """Whom a key belongs to. `key_id` names the key's record, never the key itself."""
@@ -110,7 +114,7 @@ def product(model: str, device: str, kind: Kind) -> str:
 
 def events(entry: Entry, settlement: Settlement) -> tuple[Event, ...]:
     """The lines that a closed row puts on the bill; none for rows that wait for the operator."""
-    if settlement.state not in (State.SETTLED, State.ESTIMATED):
+    if settlement.state not in BILLED:
         return ()
     return tuple(
         Event(

@@ -98,9 +98,10 @@ class Stores:
                     "ledger: {pending} writes were not possible before the end",
                     pending=self.ledger.writer.pending,
                 )
-            self.ledger.writer.stop()
         if self.delivery is not None:
             await self.delivery.stopService()
+        if hasattr(self, "ledger"):
+            self.ledger.writer.stop()
         if self._mongo is not None:
             await self._mongo.close()
         for pool in self._pools:

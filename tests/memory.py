@@ -106,7 +106,7 @@ class Kept(Resource):
         super().__init__()
         self._serve = serve
 
-    def render(self, request: Any) -> int:  # type: ignore[override]
+    def render(self, request: Any) -> int:
         self._serve(request)
         return NOT_DONE_YET
 
@@ -114,15 +114,13 @@ class Kept(Resource):
 class Server:
     """A public site with one client that is connected."""
 
-    def __init__(
-        self, clock: Clock, root: Any = None, metrics: Metrics | None = None
-    ) -> None:
+    def __init__(self, clock: Clock, root: Any = None, metrics: Metrics | None = None) -> None:
         self.clock = clock
         self.requests: list[Request] = []
         self.metrics = metrics or Metrics("0")
         self.site = Site(
-            root or Kept(self.requests.append),  # type: ignore[arg-type]
-            clock,  # type: ignore[arg-type]
+            root or Kept(self.requests.append),
+            clock,
             metrics=self.metrics,
             monotonic=clock.seconds,
             origin="*",
@@ -132,7 +130,7 @@ class Server:
     def connect(self) -> None:
         """A new client comes."""
         self.wire = Wire(self.clock)
-        self.channel: Channel = self.site.buildProtocol(ADDRESS)  # type: ignore[assignment]
+        self.channel: Channel = self.site.buildProtocol(ADDRESS)
         self.wire.attach(self.channel)
 
     def send(self, data: bytes) -> None:
@@ -159,9 +157,7 @@ class Server:
         """How many requests the metrics say are done."""
         lines = self.metrics.exposition().decode().splitlines()
         return sum(
-            float(line.split()[-1])
-            for line in lines
-            if line.startswith("llmproxy_requests_total{")
+            float(line.split()[-1]) for line in lines if line.startswith("llmproxy_requests_total{")
         )
 
 
@@ -199,7 +195,7 @@ class _Endpoint:
 
 @implementer(IAgentEndpointFactory)
 class Backend:
-    """Use `agent` for an `Upstream`. `refuse`: what connecting fails with; `hold`: it takes long."""
+    """Use `agent` for an `Upstream`. `refuse`: what connecting fails with. `hold`: it waits."""
 
     def __init__(self, clock: Clock) -> None:
         self.links: list[Link] = []
@@ -221,7 +217,12 @@ class Backend:
             return protocol
 
         connecting: Deferred[None] = Deferred(lambda _: None)
-        self.hold.addCallback(lambda _: connecting.called or connecting.callback(None))
+
+        def held(_: None) -> None:
+            if not connecting.called:
+                connecting.callback(None)
+
+        self.hold.addCallback(held)
         return connecting.addCallback(now)
 
     @property

@@ -115,6 +115,10 @@ def fetch() -> Path:
     return target
 
 
+def _open_to_all(directory: Path) -> bool:
+    return all(path.stat().st_mode & 0o005 == 0o005 for path in (directory, *directory.parents))
+
+
 @functools.cache
 def programme() -> Path:
     """A verified mongod that everybody may read and run. Raises RuntimeError, never skips."""
@@ -122,7 +126,7 @@ def programme() -> Path:
         raise RuntimeError("mongod needs libcurl: apt-get install libcurl4")
     source = fetch()
     _check(source / "mongod", "sha256", bytes.fromhex(MONGOD_SHA256))
-    if os.getuid() != 0:
+    if os.getuid() != 0 or _open_to_all(source):
         return source
     # The account that runs it may have no way into the cache's directory.
     copy = Path(tempfile.mkdtemp(prefix="llmproxy-mongod-"))
@@ -344,6 +348,7 @@ class ReplicaSet:
             replicaSet=self.name,
             w="majority",
             serverSelectionTimeoutMS=15_000,
+            heartbeatFrequencyMS=500,
         )
 
     @property

@@ -46,3 +46,9 @@ def test_a_5xx_about_the_context_is_the_clients_own_error(status, phrase):
 def test_a_4xx_about_the_context_is_passed_on_as_it_is():
     body = b'{"error":"context length"}'
     assert refusal(400, body, []) == Answer(400, body, [])
+
+
+@pytest.mark.parametrize("status", [201, 302, 401, 403])
+def test_only_a_failure_of_the_server_speaks_of_the_context(status):
+    told = refusal(status, b'{"error":"context length"}', [])
+    assert isinstance(told, BackendError)

@@ -85,7 +85,11 @@ def test_a_backend_that_was_changed_gets_connections_of_its_own(backends, connec
     now = backends.find("a")
     assert now.backend is changed
     assert now.upstream is not before.upstream
-    assert [(each.name, used.closed) for each, used in connect.made] == [("a", 1), ("b", 0), ("a", 0)]
+    assert [(each.name, used.closed) for each, used in connect.made] == [
+        ("a", 1),
+        ("b", 0),
+        ("a", 0),
+    ]
 
 
 def test_an_exchange_keeps_the_route_that_it_began_with(backends):

@@ -48,7 +48,7 @@ MIB = 1024 * 1024
 CHAT = "/v1/chat/completions"
 AUDIO = "/v1/audio/transcriptions"
 ASK = request_bytes("POST", CHAT, orjson.dumps({"model": "m", "messages": [], "stream": True}))
-MARK = b"xxxx\"}}]}"
+MARK = b'xxxx"}}]}'
 TEXT = chunk(sse_event({"choices": [{"index": 0, "delta": {"content": "x" * 8000}}]}))
 END = (
     chunk(sse_event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}))
@@ -177,37 +177,39 @@ async def test_a_client_that_never_reads_is_cut_off_and_billed(
 ):
     served = {"on_disconnect": on_disconnect}
     times = 8 * MIB // len(TEXT)
-    async with ScriptedBackend(flood(times)) as backend:
-        async with proxy_for(tmp_path, backend, served=served, timeout_read=0.3) as proxy:
-            client = await deaf(proxy)
-            [(found, outcome, prompt, completion)] = await proxy.settled()
-            assert (found, outcome) == (state, "client_gone")
-            if state == "settled":
-                assert (prompt, completion) == (3, 2)
-            else:
-                assert 0 < completion < times
-                await backend.requests[0].connection.when_closed()
-            client.take()
-            await client.closed
-            assert LAST_CHUNK not in client.tail
+    async with (
+        ScriptedBackend(flood(times)) as backend,
+        proxy_for(tmp_path, backend, served=served, timeout_read=0.3) as proxy,
+    ):
+        client = await deaf(proxy)
+        [(found, outcome, prompt, completion)] = await proxy.settled()
+        assert (found, outcome) == (state, "client_gone")
+        if state == "settled":
+            assert (prompt, completion) == (3, 2)
+        else:
+            assert 0 < completion < times
+            await backend.requests[0].connection.when_closed()
+        client.take()
+        await client.closed
+        assert LAST_CHUNK not in client.tail
 
 
 @pytest_twisted.ensureDeferred
 async def test_many_clients_that_never_read_are_bounded_in_memory_and_billed(tmp_path: Path):
     count, times = 200, 512 * 1024 // len(TEXT)
-    async with ScriptedBackend(flood(times)) as backend:
-        async with proxy_for(tmp_path, backend, timeout_read=4.0) as proxy:
-            before = rss()
-            clients = [await deaf(proxy) for _ in range(count)]
-            await backend.request(count - 1, timeout_s=20)
-            held = await steady(lambda: sum(map(waiting, sockets(proxy))))
-            assert len(list(sockets(proxy))) == count
-            assert max(map(waiting, sockets(proxy))) < HELD_PER_STREAM
-            assert held < rss() - before < count * 3 * HIGH_WATER
-            rows = await proxy.settled(count, timeout_s=30)
-            assert rows == [("settled", "client_gone", 3, 2)] * count
-            for client in clients:
-                await client.leave()
+    async with ScriptedBackend(flood(times)) as backend, proxy_for(tmp_path, backend) as proxy:
+        before = rss()
+        clients = [await deaf(proxy) for _ in range(count)]
+        await backend.request(count - 1, timeout_s=20)
+        held = await steady(lambda: sum(map(waiting, sockets(proxy))))
+        assert len(list(sockets(proxy))) == count
+        assert max(map(waiting, sockets(proxy))) < HELD_PER_STREAM
+        assert 0 < held < count * HELD_PER_STREAM
+        assert rss() - before < count * 3 * HIGH_WATER
+        for client in clients:
+            await client.leave()
+        rows = await proxy.settled(count, timeout_s=30)
+        assert rows == [("settled", "client_gone", 3, 2)] * count
 
 
 # --- uploads ------------------------------------------------------------------------------------
@@ -269,21 +271,23 @@ async def test_a_backend_that_does_not_read_holds_the_uploading_client_up_until_
     def script(seen: Seen) -> list[Any]:
         return [StopReading(), Wait(gate), ReadOn(seen), answer]
 
-    async with ScriptedBackend(script, early=True) as backend:
-        async with proxy_for(tmp_path, backend) as proxy:
-            before = rss()
-            client = await proxy.open()
-            uploading = Uploading(client, size)
-            taken = await steady(lambda: uploading.sent)
-            assert MIB < taken < KERNEL
-            assert rss() - before < 8 * MIB
-            gate.callback(None)
-            await client.when(lambda received: Answer(received).whole)
-            assert client.answer().json() == {"text": "hello"}
-            assert len(backend.requests[0].body) > size
-            client.transport.loseConnection()  # type: ignore[union-attr]
-            await client.closed
-            assert proxy.bill() == {"m/gpu/transcription": 1}
+    async with (
+        ScriptedBackend(script, early=True) as backend,
+        proxy_for(tmp_path, backend) as proxy,
+    ):
+        before = rss()
+        client = await proxy.open()
+        uploading = Uploading(client, size)
+        taken = await steady(lambda: uploading.sent)
+        assert MIB < taken < KERNEL
+        assert rss() - before < 8 * MIB
+        gate.callback(None)
+        await client.when(lambda received: Answer(received).whole)
+        assert client.answer().json() == {"text": "hello"}
+        assert len(backend.requests[0].body) > size
+        client.transport.loseConnection()
+        await client.closed
+        assert proxy.bill() == {"m/gpu/transcription": 1}
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["reads on", "reads no more"])
@@ -292,21 +296,20 @@ async def test_a_backend_that_answers_before_the_upload_is_whole_is_heard(
     tmp_path: Path, reads: bool
 ):
     refusal = json_answer(413, {"error": {"message": "too long"}})
-    script = [refusal] if reads else [StopReading(), refusal]
-    async with ScriptedBackend(script, early=True) as backend:
-        async with proxy_for(tmp_path, backend) as proxy:
-            client = await proxy.open()
-            Uploading(client, 64 * MIB)
-            await client.when(lambda received: Answer(received).whole)
-            assert client.answer().status == 413
-            await client.closed  # the rest of such a body is not waited for
-            assert proxy.rows("state, outcome, status") == [("settled", "refused", 413)]
-            assert await gone(backend.requests[0].connection, reads)
-
-
-async def gone(link: Connection, reads: bool) -> bool:
-    """The connection is closed, and the kernel tells so to a backend that reads."""
-    if not reads:
-        cast(Any, link.transport).resumeProducing()
-    await link.when_closed()
-    return True
+    script: list[Any] = [refusal] if reads else [StopReading(), refusal]
+    async with (
+        ScriptedBackend(script, early=True) as backend,
+        proxy_for(tmp_path, backend) as proxy,
+    ):
+        client = await proxy.open()
+        Uploading(client, 64 * MIB)
+        await client.when(lambda received: Answer(received).whole)
+        assert client.answer().status == 413
+        assert proxy.rows("state, outcome, status") == [("settled", "refused", 413)]
+        link = backend.requests[0].connection
+        if not reads:
+            cast(Any, link.transport).resumeProducing()  # now the kernel tells of the end
+        await link.when_closed()
+        assert link.received < KERNEL
+        client.transport.abortConnection()
+        await client.closed

@@ -58,7 +58,7 @@ def ledger() -> Ledger:
 
 @pytest.fixture
 def checkpoints(ledger: Ledger, clock: Clock) -> Iterator[Checkpoints]:
-    service = Checkpoints(ledger, clock)  # type: ignore[arg-type]
+    service = Checkpoints(ledger, clock)
     service.startService()
     yield service
     if service.running:

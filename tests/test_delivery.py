@@ -44,6 +44,7 @@ class FakeOutbox:
         self.limits: list[int] = []
         self.error: Exception | None = None
         self.mark_error: Exception | None = None
+        self.slow_backlog: Deferred[tuple[int, float]] | None = None
         self._clock = clock
 
     def add(self, *numbers: int) -> None:
@@ -63,6 +64,8 @@ class FakeOutbox:
         return succeed(None)
 
     def backlog(self) -> Deferred[tuple[int, float]]:
+        if self.slow_backlog is not None:
+            return self.slow_backlog
         return succeed((len(self.rows), self._clock.seconds() if self.rows else 0.0))
 
 
@@ -174,6 +177,19 @@ def test_a_row_that_settles_during_a_batch_is_not_left_to_the_poll(bench: Bench)
     bench.sink.pending[0].callback(None)
     assert [batch[0].rid for batch in bench.sink.batches] == ["r1", "r2"]
     bench.sink.pending[1].callback(None)
+    bench.delivery.stopService()
+
+
+def test_a_row_that_settles_right_after_the_journal_was_empty_is_not_left_to_the_poll(
+    bench: Bench,
+) -> None:
+    bench.outbox.slow_backlog = Deferred()
+    bench.delivery.startService()
+    bench.outbox.add(1)
+    bench.delivery.notify()
+    assert bench.sink.batches == []
+    bench.outbox.slow_backlog.callback((0, 0.0))
+    assert bench.sink.batches == [list(row(1))]
     bench.delivery.stopService()
 
 

@@ -47,7 +47,9 @@ def test_an_anthropic_error_has_type_and_message(status, _, kind):
     assert orjson.loads(body) == {"type": "error", "error": {"type": kind, "message": "No."}}
 
 
-@pytest.mark.parametrize(("dialect", "name"), [(Dialect.OPENAI, b""), (Dialect.ANTHROPIC, b"error")])
+@pytest.mark.parametrize(
+    ("dialect", "name"), [(Dialect.OPENAI, b""), (Dialect.ANTHROPIC, b"error")]
+)
 def test_an_error_in_a_stream_is_one_whole_event(dialect, name):
     error = ProxyError("line\nbreak", status=502)
     (event,) = Decoder().feed(error_event(dialect, error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -32,10 +33,30 @@ def test_iso_8601_is_read_as_time_not_as_text(text, moment):
     assert read.utcoffset() == timedelta(0)
 
 
+def test_a_time_without_an_offset_is_utc_wherever_the_server_stands(monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        assert expiry_time("2030-06-01 12:00:00") == NOON
+    time.tzset()
+
+
 @pytest.mark.parametrize(
     "unreadable",
-    ["", "never", "01.06.2030", "2030-13-01", "2030-06-01T25:00", "9" * 40, 0, 1, 2.5, b"2030-06-01"]
-    + ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "2030-06-01; DROP", True, [], {}],
+    [
+        "",
+        "never",
+        "01.06.2030",
+        "2030-13-01",
+        "2030-06-01T25:00",
+        "9" * 40,
+        0,
+        1,
+        2.5,
+        b"2030-06-01",
+        *("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "2030-06-01; DROP"),
+        *(True, [], {}),
+    ],
 )
 def test_what_can_not_be_read_is_expired(unreadable):
     assert expiry_time(unreadable) == UNREADABLE

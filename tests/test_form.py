@@ -49,7 +49,7 @@ class Way:
         self.held = False
         self.upload = Upload(
             None,
-            clock,  # type: ignore[arg-type]
+            clock,
             pause=lambda: setattr(self, "held", True),
             resume=lambda: setattr(self, "held", False),
             invite=lambda: None,

@@ -61,10 +61,16 @@ class Story:
         self.server = Server(clock)
         self.server.send(request_bytes())
         self.request = self.server.requests[0]
-        self.down = Downstream(self.request, clock, 1000)  # type: ignore[arg-type]
+        self.down = Downstream(self.request, clock, 1000)
         self.backend = Backend(clock)
         settings = config.Backend(
-            **{"name": "m", "url": "http://b:1", "device": "gpu", "drain_timeout": DRAIN_S, **backend}
+            **{
+                "name": "m",
+                "url": "http://b:1",
+                "device": "gpu",
+                "drain_timeout": DRAIN_S,
+                **backend,
+            }
         )
         upstream = Upstream(settings, self.backend.agent, clock)
         order = Order(
@@ -80,7 +86,7 @@ class Story:
         self.forward = Forward(
             order,
             self.down,
-            clock,  # type: ignore[arg-type]
+            clock,
             Timing(SILENCE_S, keepalive_s),
             lambda meter: self.chunks.append(meter.content_events),
         )

@@ -28,7 +28,7 @@ def canaries(names: list[bytes]) -> Headers:
 
 
 def fields(headers: Headers) -> dict[bytes, list[bytes]]:
-    return {name.lower(): values for name, values in headers.getAllRawHeaders()}
+    return {name.lower(): list(values) for name, values in headers.getAllRawHeaders()}
 
 
 @pytest.mark.parametrize("name", HOP_BY_HOP + PRIVATE_TO_CLIENT)

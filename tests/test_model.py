@@ -37,9 +37,7 @@ def test_a_product_is_model_device_and_kind():
 @pytest.mark.parametrize("kind", Kind)
 def test_an_event_is_of_the_time_when_the_request_finished(kind):
     assert events(ENTRY, closed(State.SETTLED, {kind: 5})) == (
-        Event(
-            rid="r", created=FINISHED, account=ACCOUNT, product=f"org/m/h100/{kind}", quantity=5
-        ),
+        Event(rid="r", created=FINISHED, account=ACCOUNT, product=f"org/m/h100/{kind}", quantity=5),
     )
 
 

@@ -50,7 +50,7 @@ from llmproxy.storage.mongo import (
     raise_unless_stored,
     text_value,
 )
-from llmproxy.storage.mongo_pool import MAX_WAITING
+from llmproxy.storage.mongo_pool import MAX_WAITING, POOL_SIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
@@ -819,6 +819,38 @@ async def test_killed_and_restarted_in_the_middle_nothing_is_lost_or_doubled(ser
         await eventually(lambda: len(stored(server)) >= share)
         server.restart()
     assert stored(server) == expected(bill(500))
+
+
+async def acknowledged(store: MongoStore, events: Sequence[Event]) -> None:
+    """Deliver `events`; connections that a restart has broken may fail first."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return await store.events.deliver(events)
+        except StorageError:
+            assert time.monotonic() < deadline
+            await deferLater(reactor, 0.02)
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_was_acknowledged_survives_a_crash_right_after(server: Mongod) -> None:
+    async with opened(uri(server)) as store:
+        for number in range(3):
+            events = [event(number, rid=f"request-{number}-{n}") for n in range(50)]
+            await acknowledged(store, events)
+            server.restart()  # kill -9, before anything else can happen here
+            assert len(stored(server)) == 50 * (number + 1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_connections_to_a_lost_primary_are_all_given_up(server: Mongod) -> None:
+    async with opened(uri(server)) as store:
+        await eventually(lambda: len(store.pool._ready) == POOL_SIZE)
+        before = set(store.pool._ready)
+        server.fail_command(1, failCommands=["insert"], errorCode=10107)
+        with pytest.raises(StorageError, match="not the primary any more"):
+            await store.events.deliver([event()])
+        await eventually(lambda: len(store.pool._ready - before) == POOL_SIZE)
 
 
 # A replica set

@@ -48,11 +48,11 @@ class Body:
         self.ends: list[BodyEnd] = []
         self.connection = Connection()
         self.proxy = TransportProxyProducer(self.connection)
-        self.reader = BodyReader(self.got.append, clock, SILENCE_S)  # type: ignore[arg-type]
+        self.reader = BodyReader(self.got.append, clock, SILENCE_S)
         self.reader.ended.addCallback(self.ends.append)
 
     def begin(self) -> Body:
-        self.reader.makeConnection(self.proxy)  # type: ignore[arg-type]
+        self.reader.makeConnection(self.proxy)
         return self
 
     def lose(self, error: Exception) -> None:

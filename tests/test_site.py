@@ -20,6 +20,7 @@ from proxy import Answer, ProxyHandle, running_proxy
 from proxy import request_bytes as real_request
 from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Dialect
@@ -144,6 +145,17 @@ def test_a_client_is_held_up_when_nobody_takes_its_body(server):
     server.leave()
 
 
+def test_a_client_that_is_held_up_is_not_closed_for_its_silence(server):
+    server.send(request_bytes(b"/", b"", b"Content-Length: 1000000"))
+    server.send(bytes(HIGH_WATER))
+    server.clock.advance(10 * IDLE_TIMEOUT_S)
+    assert server.wire.connected
+    result_of(started(server.requests[0].upload.next(5)))
+    server.clock.advance(IDLE_TIMEOUT_S)  # now the silence is the client's
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
 def test_an_answer_that_was_taken_is_no_reason_to_read_a_body_that_nobody_takes(server):
     server.send(request_bytes(b"/", b"", b"Content-Length: 1000000"))
     server.send(bytes(HIGH_WATER))
@@ -258,10 +270,15 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(se
     server.send(request_bytes(b"/", b"", b"Content-Length: 100"))
     down = Downstream(server.requests[0], server.clock, 10)
     reading = started(server.requests[0].upload.read(100, 5))
-    reading.addErrback(lambda failure: (failure.trap(ClientGone), down.abort()) and None)
+
+    def refused(failure: Failure) -> None:
+        failure.trap(ClientGone)
+        down.abort()
+
+    over = reading.addErrback(refused)
     server.send(b"x")
     server.leave(ConnectionLost())
-    result_of(reading)
+    result_of(over)
     assert down.gone
     assert (server.active(), server.counted()) == (0, 1)
     assert server.clock.getDelayedCalls() == []
@@ -419,8 +436,8 @@ CHAT = "/v1/chat/completions"
 ASK = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
 COMPLETION = {"choices": [], "usage": USAGE}
-TEXT = [{"choices": [{"index": 0, "delta": {"content": "Hello"}}]}]
-STREAM = [*TEXT, {"choices": [], "usage": USAGE}, DONE]
+TEXT: list[Any] = [{"choices": [{"index": 0, "delta": {"content": "Hello"}}]}]
+STREAM: list[Any] = [*TEXT, {"choices": [], "usage": USAGE}, DONE]
 
 
 def proxy_for(folder: Path, backend: ScriptedBackend) -> Any:
@@ -438,41 +455,45 @@ async def active(proxy: ProxyHandle) -> float:
 async def test_an_http_1_0_client_gets_its_stream_up_to_the_end_of_the_connection(
     tmp_path: Path,
 ) -> None:
-    async with ScriptedBackend([sse_answer(STREAM)]) as backend:
-        async with proxy_for(tmp_path, backend) as proxy:
-            body = orjson.dumps({**ASK, "stream": True})
-            client = await proxy.open()
-            client.send(real_request("POST", CHAT, body, version="HTTP/1.0"))
-            await client.closed
-            top, _, rest = client.received.partition(b"\r\n\r\n")
-            assert b"chunked" not in top.lower()
-            assert rest == b"".join(map(sse_event, [*TEXT, DONE]))
-            assert client.clean
-            assert proxy.rows() == [("settled", "complete", 3, 2)]
-            assert await active(proxy) == 0
+    async with (
+        ScriptedBackend([sse_answer(STREAM)]) as backend,
+        proxy_for(tmp_path, backend) as proxy,
+    ):
+        body = orjson.dumps({**ASK, "stream": True})
+        client = await proxy.open()
+        client.send(real_request("POST", CHAT, body, version="HTTP/1.0"))
+        await client.closed
+        top, _, rest = client.received.partition(b"\r\n\r\n")
+        assert b"chunked" not in top.lower()
+        assert rest == b"".join(map(sse_event, [*TEXT, DONE]))
+        assert client.clean
+        assert proxy.rows() == [("settled", "complete", 3, 2)]
+        assert await active(proxy) == 0
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_refused_request_and_good_ones_share_a_real_connection(tmp_path: Path) -> None:
-    async with ScriptedBackend([json_answer(200, COMPLETION)]) as backend:
-        async with proxy_for(tmp_path, backend) as proxy:
-            client = await proxy.open()
-            good = orjson.dumps(ASK)
-            chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(good), good)
-            client.send(real_request("POST", CHAT, bytes(200_000), key="wrong"))
-            client.send(real_request("POST", CHAT, good))
-            client.send(
-                real_request("POST", CHAT, fields={"Transfer-Encoding": "chunked"}).replace(
-                    b"Content-Length: 0\r\n", b""
-                )
-                + chunks
+    async with (
+        ScriptedBackend([json_answer(200, COMPLETION)]) as backend,
+        proxy_for(tmp_path, backend) as proxy,
+    ):
+        client = await proxy.open()
+        good = orjson.dumps(ASK)
+        chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(good), good)
+        client.send(real_request("POST", CHAT, bytes(200_000), key="wrong"))
+        client.send(real_request("POST", CHAT, good))
+        client.send(
+            real_request("POST", CHAT, fields={"Transfer-Encoding": "chunked"}).replace(
+                b"Content-Length: 0\r\n", b""
             )
-            await client.when(lambda received: received.count(b"HTTP/1.1 200") == 2)
-            told = answers(client.received)
-            assert [answer.status for answer in told] == [401, 200, 200]
-            assert [answer.body for answer in told[1:]] == [orjson.dumps(COMPLETION)] * 2
-            assert [seen.body for seen in backend.requests] == [good] * 2
-            assert await active(proxy) == 0
-            client.transport.loseConnection()  # type: ignore[union-attr]
-            await client.closed
-            assert proxy.bill() == {"chat/gpu/prompt": 6, "chat/gpu/completion": 4}
+            + chunks
+        )
+        await client.when(lambda received: received.count(b"HTTP/1.1 200") == 2)
+        told = answers(client.received)
+        assert [answer.status for answer in told] == [401, 200, 200]
+        assert [answer.body for answer in told[1:]] == [orjson.dumps(COMPLETION)] * 2
+        assert [seen.body for seen in backend.requests] == [good] * 2
+        assert await active(proxy) == 0
+        client.transport.loseConnection()
+        await client.closed
+        assert proxy.bill() == {"chat/gpu/prompt": 6, "chat/gpu/completion": 4}

@@ -17,7 +17,7 @@ class Flow:
         self.told: list[str] = []
         self.upload = Upload(
             length,
-            clock,  # type: ignore[arg-type]
+            clock,
             pause=lambda: self.told.append("pause"),
             resume=lambda: self.told.append("resume"),
             invite=lambda: self.told.append("invite"),

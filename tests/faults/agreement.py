@@ -53,12 +53,12 @@ class Verdict:
         self.wrong[what] += 1
         self.examples.setdefault(what, str(which))
 
-    def figures(self) -> dict[str, object]:
+    def figures(self) -> dict[str, int]:
         return {
             "sent": self.sent,
             "finished": self.finished,
             "refused": self.refused,
-            **{state: number for state, number in sorted(self.states.items())},
+            **dict(sorted(self.states.items())),
             "unbilled": self.wrong["finished without its bill"],
             "doubled": self.wrong["sent twice"] + self.wrong["the bill is not the row's"],
             "wrong": sum(self.wrong.values()),

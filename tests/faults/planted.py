@@ -238,6 +238,16 @@ def whole_answer_for_nothing_when_the_client_left() -> AbstractContextManager[An
     return mock.patch.object(Exchange, "_settle", settle)
 
 
+def backend_not_told_that_the_client_left() -> AbstractContextManager[Any]:
+    """An answer is read on to its end where it should be cancelled."""
+
+    def client_left(self: Forward) -> None:
+        if self._reader is not None:
+            self._reader.resumeProducing()
+
+    return mock.patch.object(Forward, "_client_left", client_left)
+
+
 def usage_shown_unasked() -> AbstractContextManager[Any]:
     """The client gets the usage chunk that it did not ask for."""
     original = StreamMeter.__init__
@@ -274,6 +284,7 @@ PLANTS: Sequence[Plant] = (
     anybody_enters_while_the_store_is_down,
     cut_stream_ends_cleanly,
     whole_answer_for_nothing_when_the_client_left,
+    backend_not_told_that_the_client_left,
     usage_shown_unasked,
     checkpoints_never_forgotten,
 )

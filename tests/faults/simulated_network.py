@@ -34,6 +34,8 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+#: When histories begin: a Unix time.
+EPOCH = 1_800_000_000.0
 HERE = IPv4Address("TCP", "127.0.0.1", 80)
 THERE = IPv4Address("TCP", "127.0.0.1", 40_000)
 
@@ -43,6 +45,7 @@ class World(Clock):
 
     def __init__(self, rng: random.Random, say: Callable[[str], None]) -> None:
         super().__init__()
+        self.rightNow = EPOCH
         self.rng = rng
         self.say = say
         self.calm = rng.random() < 0.4  # a network without delays finds other orders of events
@@ -226,6 +229,7 @@ class SimTransport(FileDescriptor):
         self._chunk = chunk
         self._turn: IDelayedCall | None = None
         self._aborting = False
+        self.on_lost: Callable[[], None] = lambda: None
         socket.wake = self.wake
         reactor.transports[self] = None
 
@@ -282,6 +286,7 @@ class SimTransport(FileDescriptor):
         del self.reactor.transports[self]  # type: ignore[attr-defined]
         self.socket.close(reset=bool(reason.check(ConnectionAborted)))
         protocol, self.protocol = self.protocol, None
+        self.on_lost()
         protocol.connectionLost(reason)
 
     def getHost(self) -> IPv4Address:

@@ -58,13 +58,15 @@ class BackendEnd(Protocol):
     def _finish(self) -> None:
         world = self._history.world
         assert self._ask is not None
-        after, self._ask = self._ask.plan.after, None
+        after = self._ask.plan.after
+        if after == "stall":
+            self._later(60, self._transport.abortConnection)
+            return
+        self._ask = None
         if after == "close":
             self._later(world.rng.random() * 0.01, self._transport.loseConnection)
         elif after == "reset":
             self._transport.abortConnection()
-        elif after == "stall":
-            self._later(60, self._transport.abortConnection)
         elif world.rng.random() < 0.2:  # an idle connection's end
             self._later(world.rng.random() * 3, self._transport.loseConnection)
 
@@ -78,7 +80,9 @@ class BackendEnd(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._stop()
-        if self._ask is None and self._buffer:
+        if self._ask is not None:
+            self._history.stopped(self._ask)
+        elif self._buffer:
             self._history.arrived_in_part(self._buffer)
 
 

@@ -404,12 +404,17 @@ def _send(rng: random.Random, plan: Plan, content_type: bytes) -> None:
     else:
         head += b"Connection: close\r\n"
         plan.framed, plan.after = False, "close"
+    if framing != "none" and rng.random() < 0.03:
+        head = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + head
     data = head + b"\r\n" + body
     if framing in ("chunked", "length") and rng.random() < 0.15:
         plan.after = "close"
     if rng.random() < 0.12:
         data = data[: rng.randint(0, len(data) - 1)]
         plan.broken, plan.after = True, rng.choice(("close", "reset", "stall"))
+    elif framing in ("chunked", "length") and rng.random() < 0.03:  # an answer to the next request
+        data += b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+        plan.broken = True
     plan.pieces = _cut(rng, data)
 
 

@@ -33,6 +33,7 @@ if __name__ == "__main__":  # as a command it is used in a checkout
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from simulated_network import (
+    EPOCH,
     THERE,
     SimReactor,
     SimTransport,
@@ -67,6 +68,8 @@ from llmproxy.upstream import Upstream
 
 #: A history that is not quiet after this time hangs.
 LONGEST_S = 400.0
+#: When a backend notices that a client has left: 0.2 s, and what the network takes.
+STOPPED_S = 0.2 + 0.4
 #: What a history may take.
 MOST_STEPS = 200_000
 MARK = re.compile(rb"mark-(\d+)-")
@@ -124,6 +127,7 @@ class Process:
 
     def __init__(self, history: History, name: str) -> None:
         self.name = name
+        self._history = history
         self.world = history.world
         self.reactor = SimReactor(history.world)
         self.reactor.accept = history.accept_backend
@@ -184,7 +188,8 @@ class Process:
             return None
         theirs, ours = socket_pair(self.world)
         channel: Any = self.site.buildProtocol(THERE)
-        attach(self.reactor, ours, channel)
+        transport = attach(self.reactor, ours, channel)
+        transport.on_lost = lambda: self._history.lost(client)
         return attach(clients, theirs, client)
 
     @property
@@ -237,6 +242,7 @@ class History:
         self.crashed: set[int] = set()
         self.log: dict[int, Ask] = {}
         self.in_part: set[int] = set()
+        self.left_at: dict[int, float] = {}
         self.seen: dict[int, Seen] = {}
         self.clients, self.backends = SimReactor(self.world), SimReactor(self.world)
         self.processes: dict[str, Process] = {}
@@ -301,7 +307,10 @@ class History:
         self.world.callLater(self.world.rng.random(), self._start, slot)
 
     def _interrupt(self, slot: str) -> None:
-        """From now on the requests of these clients may end in any way."""
+        """From now on the requests that are in flight here may end in any way."""
+        for row in self.store.rows():
+            if row["owner"] == self.processes[slot].name and row["state"] == State.OPEN:
+                self.crashed.add(int(row["api_key"].removeprefix("key-")))
         for client in self.ends:
             if client.process == slot and not client.over:
                 self.crashed.update(ask.number for ask in client.asks)
@@ -381,6 +390,19 @@ class History:
         number = self._asked(data)
         if number is not None:
             self.in_part.add(number)
+
+    def lost(self, client: Client) -> None:
+        """A proxy's connection to a client has ended."""
+        for ask in client.asks:
+            self.left_at[ask.number] = self.world.seconds()
+
+    def stopped(self, ask: Ask) -> None:
+        """A connection ended before its answer did."""
+        left_at = self.left_at.get(ask.number)
+        if left_at is not None and ask.model.endswith("cancel") and ask.number not in self.crashed:
+            late_s = self.world.seconds() - left_at
+            if late_s > STOPPED_S:
+                self.broken(f"request {ask.number} was cancelled {late_s:.2f} s late")
 
     def _check_open(self, number: int) -> None:
         row = self.store.row_of(number)
