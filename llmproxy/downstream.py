@@ -28,7 +28,8 @@ class Downstream:
     """Writes one answer to a client.
 
     States: fresh; started (headers are out); over (finished, aborted, or the client is `gone`).
-    A client that takes nothing for `patience_s` counts as gone.
+    A client that is held up, and has not taken all that waits for it (some 64 KiB) within
+    `patience_s`, counts as gone.
     """
 
     def __init__(self, request: Request, clock: IReactorTime, patience_s: float) -> None:

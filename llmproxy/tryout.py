@@ -20,7 +20,7 @@ from llmproxy import config
 from llmproxy.config import Config
 from llmproxy.demo import DemoServer, sample_backends
 from llmproxy.model import Entry, Event, Settlement, events
-from llmproxy.service import Proxy, port_of
+from llmproxy.proxy import Proxy, port_of
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.sqlite import connect, prepare
 

@@ -25,7 +25,7 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from llmproxy import config
-from llmproxy.service import Proxy, port_of
+from llmproxy.proxy import Proxy, port_of
 from llmproxy.storage.sqlite import connect, prepare
 
 # The global reactor has no type of its own: it is whichever was installed.

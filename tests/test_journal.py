@@ -19,9 +19,15 @@ from twisted.python.failure import Failure
 from zope.interface.verify import verifyObject
 
 from llmproxy.errors import StorageError
-from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, State
+from llmproxy.model import Account, Entry, Event, Kind, Outcome, Settlement, State
 from llmproxy.storage import ILedger, IOutbox
-from llmproxy.storage.journal import OPEN_TIMEOUT_S, RETRY_S, SWEEP_S, SQLiteLedger
+from llmproxy.storage.journal import (
+    OPEN_TIMEOUT_S,
+    RETRY_S,
+    SWEEP_S,
+    SQLiteLedger,
+    add_events,
+)
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import connect, make_pool, prepare
 
@@ -222,6 +228,19 @@ def test_settling_again_changes_nothing(books: Books) -> None:
         assert again.called
     assert books.rows() == [("r1", "settled", "complete", 3, 2, 1)]
     assert books.bill() == BILL
+
+
+def test_an_event_that_is_there_already_stays_as_it_is(books: Books) -> None:
+    for quantity in (3, 900):
+        due = Event(
+            rid="r1",
+            created=FINISHED,
+            account=Account("id-alice"),
+            product="chat/gpu/prompt",
+            quantity=quantity,
+        )
+        add_events(books.pool.connection, [due])
+    assert books.bill() == BILL[:1]
 
 
 @pytest.mark.parametrize("state", [State.DISPUTED, State.ORPHAN])
@@ -443,6 +462,23 @@ def test_an_operation_that_can_never_be_written_does_not_hold_up_others(
     assert failure_of(poisoned).value is poison
     assert books.bill() == BILL
     assert not books.writer.failing
+
+
+def test_an_operation_is_judged_by_its_last_try(books: Books) -> None:
+    errors: list[Exception] = [ValueError("at first"), sqlite3.OperationalError("disk I/O error")]
+
+    def fail_at_first(_: sqlite3.Connection) -> None:
+        if errors:
+            raise errors.pop(0)
+
+    books.writer.write(lambda connection: None)
+    done, trouble = books.writer.write(fail_at_first), books.writer.write(fail_at_first)
+    books.pool.commit()
+    books.pool.commit()
+    assert not done.called
+    books.clock.advance(RETRY_S[0])
+    books.pool.commit()
+    assert (done.result, trouble.result) == (None, None)
 
 
 def test_a_count_that_no_bill_can_hold_leaves_its_row_open(books: Books) -> None:
