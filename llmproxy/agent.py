@@ -91,6 +91,7 @@ class Call:
         self._body: IProtocol | None = None
         self._end: Failure | None = None
         self._sent = False
+        self._sending: IBodyProducer | None = None
 
     # -- the request -----------------------------------------------------------------------
 
@@ -101,12 +102,14 @@ class Call:
             self._sent = True
             return
         consumer = Chunks(self._transport) if body.length is UNKNOWN_LENGTH else self._transport
+        self._sending = body
         self._transport.registerProducer(body, True)
         sending = body.startProducing(consumer)
         sending.addCallbacks(self._was_sent, self._was_not_sent, callbackArgs=(consumer,))
 
     def _was_sent(self, _: object, consumer: object) -> None:
-        if self._end is None:
+        if self._sending is not None:
+            self._sending = None
             self._transport.unregisterProducer()
             if isinstance(consumer, Chunks):
                 consumer.finish()
@@ -114,7 +117,14 @@ class Call:
 
     def _was_not_sent(self, failure: Failure) -> None:
         """The body broke off on our side: the backend must not take it for whole."""
+        self._sending = None
         self._break(failure)
+
+    def _send_no_more(self) -> None:
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            self._transport.unregisterProducer()
+            sending.stopProducing()
 
     def _cancelled(self, _: Deferred[IResponse]) -> None:
         self._break(Failure(CancelledError()))
@@ -201,6 +211,7 @@ class Call:
         if parts:
             self._body.dataReceived(parts[0] if len(parts) == 1 else b"".join(parts))
         if self._end is not None and self._body is not None:
+            self._send_no_more()
             body, self._body = self._body, None
             # An answer that came before all was sent leaves a connection that can't be told apart.
             whole = self._end.check(ResponseDone) is not None
@@ -214,6 +225,7 @@ class Call:
     def _break(self, reason: Failure) -> None:
         """This can't come to a good end: close, and tell whoever waits, once."""
         self._keep = False
+        self._send_no_more()
         self._connection.abort()
         if self._end is not None:
             return

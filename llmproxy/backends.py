@@ -37,16 +37,21 @@ class Backends:
         return [route.backend for route in self._routes.values()]
 
     def swap(self, backends: Mapping[str, Backend]) -> None:
-        """Put a new configuration in force; connections to unchanged backends are kept."""
-        old, self._routes = self._routes, {}
-        for name, backend in backends.items():
-            kept = old.get(name)
-            if kept is not None and kept.backend == backend:
-                self._routes[name] = old.pop(name)
-            else:
-                self._routes[name] = Route(backend, self._connect(backend))
-        for route in old.values():
-            route.upstream.close()
+        """Put a new configuration in force; connections to unchanged backends are kept.
+
+        What `connect` raises comes through, and nothing has changed then.
+        """
+        fresh = {name: self._route(name, backend) for name, backend in backends.items()}
+        old, self._routes = self._routes, fresh
+        for name, route in old.items():
+            if fresh.get(name) is not route:
+                route.upstream.close()
+
+    def _route(self, name: str, backend: Backend) -> Route:
+        kept = self._routes.get(name)
+        if kept is not None and kept.backend == backend:
+            return kept
+        return Route(backend, self._connect(backend))
 
     def close(self) -> None:
         """Close all idle connections."""

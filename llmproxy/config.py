@@ -119,12 +119,17 @@ def _read_endpoints(value: object) -> tuple[str, ...]:
     return tuple(listed)
 
 
+# Without underscores: Twisted looks no such name up.
+_HOST_NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)(?:\.|$))+")
+
+
 def _read_url(value: object) -> str:
     text: str = _typed(value, str)
     _require(text.isprintable() and text.isascii() and " " not in text)
     parts = urlsplit(text)
     _require(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
     _require("@" not in parts.netloc and "?" not in text and "#" not in text)
+    _require("[" in parts.netloc or _HOST_NAME.fullmatch(parts.hostname or ""))
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}"
 

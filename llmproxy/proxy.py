@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+from OpenSSL import crypto
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
@@ -139,7 +140,7 @@ class Proxy(logs.LoggingService):
             port: IListeningPort = await serverFromString(self._reactor, text).listen(site)
         except CannotListenError as error:
             raise ConfigError(f"can't listen on {text}: {error.socketError}") from None
-        except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, OSError, crypto.Error) as error:
             raise ConfigError(f"can't listen on {text}: {error}") from None
         return port
 
@@ -178,16 +179,16 @@ class Proxy(logs.LoggingService):
 
     def reload(self) -> None:
         """Read the configuration again and swap the backends; a bad file changes nothing."""
+        if self._services is None:
+            return
         try:
             fresh = self._load()
             if not fresh.backends and list(self.backends.all()):
                 raise ConfigError("backends: none are left; a file that is cut short looks so")
+            self.backends.swap(fresh.backends)
         except ConfigError as error:
             log.error("not reloaded: {reason}", reason="; ".join(str(error).splitlines()))
             return
-        if self._services is None:
-            return
-        self.backends.swap(fresh.backends)
         self.metrics.set_models(fresh.backends)
         self._health.update(self.backends.all())
         log.info("reloaded; backends: {backends}", backends=", ".join(fresh.backends) or "none")
@@ -250,15 +251,11 @@ def public_endpoints(settings: Config) -> tuple[str, ...]:
     """The endpoint strings of the public site."""
     if settings.listen:
         return settings.listen
-    host, cert, key = (
-        quoteStringArgument(str(each)) for each in (settings.host, settings.cert, settings.key)
-    )
-    if settings.cert is not None:
-        return (
-            f"ssl:{settings.port}:interface={host}:backlog={BACKLOG}"
-            f":certKey={cert}:privateKey={key}",
-        )
-    return (f"tcp:{settings.port}:interface={host}:backlog={BACKLOG}",)
+    place = f"{settings.port}:interface={quoteStringArgument(settings.host)}:backlog={BACKLOG}"
+    if settings.cert is None:
+        return (f"tcp:{place}",)
+    cert, key = quoteStringArgument(str(settings.cert)), quoteStringArgument(str(settings.key))
+    return (f"ssl:{place}:certKey={cert}:privateKey={key}",)
 
 
 def port_of(port: IListeningPort) -> int:

@@ -51,7 +51,7 @@ class BodyReader(Protocol):
         """A piece of it."""
         if self._over:  # bytes can still arrive after stopProducing
             return
-        if self._timer is not None:
+        if self._timer is not None and self._at_silence is BodyEnd.STALLED:
             self._timer.reset(self._silence_s)
         self._sink(data)
 
@@ -70,7 +70,9 @@ class BodyReader(Protocol):
                 self.transport.stopProducing()
 
     def finish_within(self, seconds: float) -> None:
-        """All that matters has come: wait no longer than this for the rest."""
+        """All that matters has come: wait no longer than this for the rest, even if it drips."""
+        if self._at_silence is BodyEnd.WHOLE:
+            return
         self._silence_s = seconds
         self._at_silence = BodyEnd.WHOLE
         if self._timer is not None:

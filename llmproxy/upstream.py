@@ -5,13 +5,14 @@ This is the one place where Twisted's failures become ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any, Protocol, cast
 
 import treq
 from hyperlink import EncodedURL
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 from service_identity import VerificationError
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred, succeed
@@ -41,8 +42,10 @@ from zope.interface import implementer
 
 from llmproxy.agent import BackendAgent
 from llmproxy.config import Backend
-from llmproxy.errors import BackendError, BackendTimeout, ProxyError
+from llmproxy.errors import BackendError, BackendTimeout, ConfigError, ProxyError
 from llmproxy.upload import ClientGone
+
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class NotSent(BackendError):
@@ -158,6 +161,14 @@ class _UnverifiedCreator:
         return connection
 
 
+class _AsWritten(EncodedURL):
+    """A URL in ASCII already; the rules for international names would refuse `[::1]`."""
+
+    def to_uri(self) -> EncodedURL:
+        """Itself: treq asks for it with each request."""
+        return self
+
+
 class Upstream:
     """The connections to one backend."""
 
@@ -169,7 +180,7 @@ class Upstream:
         close: Callable[[], object] = lambda: None,
     ) -> None:
         self.agent = IdentityAgent(agent)
-        self._base = EncodedURL.from_text(backend.url)
+        self._base = _AsWritten.from_text(backend.url)
         self._urls: dict[str, EncodedURL] = {}
         self._reactor = reactor
         self.close = close
@@ -221,8 +232,8 @@ def _is_untrusted(reason: object) -> bool:
 
 
 def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:
-    """The real connections to `backend`."""
-    url = EncodedURL.from_text(backend.url).to_uri()
+    """The real connections to `backend`. Raises ConfigError when its `ca_file` can't be used."""
+    url = _AsWritten.from_text(backend.url)
     origin = url.replace(path=()).to_text().encode("ascii")
     agent = BackendAgent(origin, _endpoint(backend, url, reactor, timeout_connect), reactor)
     return Upstream(backend, agent, reactor, close=agent.close)
@@ -254,5 +265,16 @@ def _policy(backend: Backend) -> IPolicyForHTTPS:
         return _Unverified()
     if backend.ca_file is None:
         return BrowserLikePolicyForHTTPS()
-    certificate = Certificate.loadPEM(backend.ca_file.read_bytes())
-    return BrowserLikePolicyForHTTPS(trustRootFromCertificates([certificate]))
+    return BrowserLikePolicyForHTTPS(trustRootFromCertificates(_authorities(backend)))
+
+
+def _authorities(backend: Backend) -> list[Certificate]:
+    path = backend.ca_file
+    assert path is not None
+    try:
+        found = [Certificate.loadPEM(pem) for pem in _PEM.findall(path.read_bytes())]
+    except (OSError, crypto.Error) as error:
+        raise ConfigError(f'backend "{backend.name}": can\'t use "{path}": {error}') from None
+    if not found:
+        raise ConfigError(f'backend "{backend.name}": there is no certificate in "{path}"')
+    return found

@@ -1,8 +1,8 @@
 """Both sides of the proxy without a socket: real HTTP parsers, a clock that the test moves.
 
 `Server` is a public site with one client: bytes go in by `send`, and come out in `sent`.
-`Backend` is an IAgent whose connections are real HTTP clients of Twisted's: the test plays the
-server, by `Link.answer` and `Link.close`.
+`Backend` has an `agent` whose connections are without a socket too: the test plays the server, by
+`Link.answer` and `Link.close`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
-from twisted.web.client import Agent, HTTPConnectionPool
-from twisted.web.iweb import IAgentEndpointFactory
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
 
+from llmproxy.agent import BackendAgent
 from llmproxy.metrics import Metrics
 from llmproxy.site import Channel, Request, Site
 
@@ -193,7 +192,6 @@ class _Endpoint:
         return self._backend.connect(protocolFactory)
 
 
-@implementer(IAgentEndpointFactory)
 class Backend:
     """Use `agent` for an `Upstream`. `refuse`: what connecting fails with. `hold`: it waits."""
 
@@ -202,11 +200,8 @@ class Backend:
         self.refuse: Exception | None = None
         self.hold: Deferred[None] = succeed(None)
         self._clock = clock
-        pool = HTTPConnectionPool(clock, persistent=False)
-        self.agent = Agent.usingEndpointFactory(clock, self, pool)
-
-    def endpointForURI(self, uri: Any) -> _Endpoint:
-        return _Endpoint(self)
+        self.agent = BackendAgent(b"http://b:1", _Endpoint(self), clock)
+        self.agent.close()  # no connection serves twice
 
     def connect(self, factory: Any) -> Deferred[Any]:
         def now(_: None) -> Any:

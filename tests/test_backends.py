@@ -9,7 +9,7 @@ import pytest
 
 from llmproxy.backends import Backends
 from llmproxy.config import Backend
-from llmproxy.errors import ModelNotFound
+from llmproxy.errors import ConfigError, ModelNotFound
 from llmproxy.upstream import Upstream
 
 
@@ -90,6 +90,22 @@ def test_a_backend_that_was_changed_gets_connections_of_its_own(backends, connec
         ("b", 0),
         ("a", 0),
     ]
+
+
+def test_what_can_t_be_connected_changes_nothing(connect):
+    def fail_for_c(one: Backend) -> Upstream:
+        if one.name == "c":
+            raise ConfigError("no certificate")
+        return connect(one)
+
+    backends = Backends(fail_for_c)
+    backends.swap({"a": A, "b": B})
+    before = backends.find("a")
+    with pytest.raises(ConfigError):
+        backends.swap({"b": replace(B, url="http://h:2"), "c": backend("c")})
+    assert list(backends.all()) == [A, B]
+    assert backends.find("a") is before
+    assert [used.closed for _, used in connect.made[:2]] == [0, 0]
 
 
 def test_an_exchange_keeps_the_route_that_it_began_with(backends):

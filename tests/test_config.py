@@ -245,6 +245,7 @@ def test_a_device_that_would_spoil_a_product_is_refused(device: object) -> None:
         ("http://h:8000/v1/", "http://h:8000"),
         ("https://h/llm/v1", "https://h/llm"),
         ("http://[::1]:80/api/v10", "http://[::1]:80/api/v10"),
+        ("http://GPU-1.example.org.:80", "http://GPU-1.example.org.:80"),
     ],
 )
 def test_a_url_is_kept_without_v1(url: str, kept: str) -> None:
@@ -267,6 +268,10 @@ def test_a_url_is_kept_without_v1(url: str, kept: str) -> None:
         "http://h/a b",
         "http://h/\r\nX: y",
         "http://[h",
+        "http://my_backend:8000",
+        "http://a..b",
+        "http://-a",
+        f"http://{'a' * 64}.org",
         "",
         1,
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import treq
 from backend import JSON, head, raw_answer
 from deferreds import failure_of, is_waiting, result_of, started
 from memory import Backend, Link
@@ -273,7 +274,9 @@ def test_a_backend_that_answers_in_mid_upload_is_heard_and_gets_no_more(way, sen
         way.link.wire.slow()
         way.come(b"x")
     way.link.answer(raw_answer(413, b"too long", JSON))
-    assert result_of(sending).code == 413
+    response = result_of(sending)
+    assert response.code == 413
+    assert result_of(treq.content(response)) == b"too long"
     way.form.stopProducing()  # as a forward does in the end
     way.check_over()
     assert not way.is_whole

@@ -189,6 +189,12 @@ def test_the_ledger_is_a_ledger_and_an_outbox(books: Books) -> None:
     verifyObject(IOutbox, books.ledger)
 
 
+def test_a_row_that_can_t_be_written_is_not_open(books: Books) -> None:
+    opening = books.ledger.open(entry("r", key_id=cast(str, None)))
+    books.pool.commit_all()
+    assert isinstance(failure_of(opening), sqlite3.IntegrityError)
+
+
 def test_a_row_is_open_and_then_settled_with_its_events(books: Books) -> None:
     opened = books.ledger.open(entry("r1"))
     assert not opened.called

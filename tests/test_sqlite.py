@@ -338,6 +338,14 @@ async def test_only_the_hash_of_a_key_finds_it(path: Path, pool: adbapi.Connecti
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_key_without_an_id_can_t_be_billed_and_is_none(
+    path: Path, pool: adbapi.ConnectionPool
+) -> None:
+    add_key(path, id=None)
+    assert await found(pool) is None
+
+
+@pytest_twisted.ensureDeferred
 async def test_of_two_records_of_a_key_the_valid_one_counts(
     path: Path, pool: adbapi.ConnectionPool
 ) -> None:

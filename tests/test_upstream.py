@@ -34,7 +34,14 @@ from twisted.web.iweb import IAgent, IBodyProducer
 from zope.interface.verify import verifyObject
 
 from llmproxy.config import Backend
-from llmproxy.errors import BackendError, BackendTimeout, BadRequest, BodyTooLarge, ProxyError
+from llmproxy.errors import (
+    BackendError,
+    BackendTimeout,
+    BadRequest,
+    BodyTooLarge,
+    ConfigError,
+    ProxyError,
+)
 from llmproxy.upload import ClientGone
 from llmproxy.upstream import (
     BytesBody,
@@ -265,6 +272,27 @@ async def test_a_certificate_of_the_ca_file_is_good(certificates):
         assert await ask(backend.url, ca_file=ca_file) == b"{}"
 
 
+@pytest_twisted.ensureDeferred
+async def test_every_certificate_of_the_ca_file_is_trusted(certificates):
+    ca_file, tls = certificates.make("127.0.0.1")
+    other, _ = certificates.make("other.example")
+    ca_file.write_bytes(other.read_bytes() + b"# a comment\n" + ca_file.read_bytes())
+    async with ScriptedBackend([ANSWER], tls=tls) as backend:
+        assert await ask(backend.url, ca_file=ca_file) == b"{}"
+
+
+BEGIN, END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+
+
+@pytest.mark.parametrize("text", ["", "garbage", f"{BEGIN}\ngarbage\n{END}\n"])
+def test_a_ca_file_without_a_certificate_is_a_mistake_in_the_configuration(tmp_path, text):
+    path = tmp_path / "ca.pem"
+    path.write_text(text)
+    backend = Backend(name="m", url="https://h", device="gpu", ca_file=path)
+    with pytest.raises(ConfigError, match=r"ca\.pem"):
+        connect(backend, reactor, 1.0)
+
+
 @pytest.mark.parametrize(("host", "days"), [("other.example", 1), ("127.0.0.1", -1)])
 @pytest_twisted.ensureDeferred
 async def test_a_certificate_of_another_host_or_time_is_refused(certificates, host, days):
@@ -288,6 +316,12 @@ async def test_a_backend_that_speaks_no_tls_is_refused():
     async with ScriptedBackend([ANSWER], on_connect=[b"HTTP/1.1 400 Bad\r\n\r\n"]) as backend:
         with pytest.raises(BackendError):
             await ask(backend.url.replace("http:", "https:"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_backend_can_have_an_ipv6_address():
+    with pytest.raises(NotSent):  # by its port, not for its name
+        await ask("http://[::1]:1")
 
 
 @pytest_twisted.ensureDeferred

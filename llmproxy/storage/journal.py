@@ -49,9 +49,10 @@ SWEEP_S = OPEN_TIMEOUT_S / 8
 #: The pause before a failed commit is repeated: doubled each time, up to the second number.
 RETRY_S = (0.05, 1.0)
 
-OPEN_ROW = """INSERT OR IGNORE INTO ledger
+# Not `OR IGNORE`, which would pass over a row with a NULL where none may be as if it were there.
+OPEN_ROW = """INSERT INTO ledger
     (rid, state, owner, opened, api_key, user_id, path, model, device)
-    VALUES (?, 'open', ?, ?, ?, ?, ?, ?, ?)"""
+    VALUES (?, 'open', ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (rid) DO NOTHING"""
 # `orphan` may still become better known: another process may have taken us for dead.
 CLOSE_ROW = """UPDATE ledger SET state = ?, outcome = ?, status = ?, finished = ?, raw = ?,
     prompt = ?, completion = ?, embedding = ?, transcription = ?, delivered = ?

@@ -11,6 +11,7 @@ from typing import Any
 
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from llmproxy.errors import StorageError
@@ -106,7 +107,9 @@ def make_pool(path: Path, reactor: Any) -> adbapi.ConnectionPool:
 
 @implementer(IAccounts)
 class SQLiteAccounts:
-    """Keys in the table `api_key`."""
+    """Keys in the table `api_key`. One without an `id` can't be billed, and is none."""
+
+    log = Logger()
 
     def __init__(self, pool: adbapi.ConnectionPool) -> None:
         self._pool = pool
@@ -123,6 +126,9 @@ class SQLiteAccounts:
         except sqlite3.Error as error:
             raise StorageError(f"key look-up: {error}") from error
         for key_id, expires in rows:
+            if key_id is None:
+                self.log.warn("keys: one has no id in api_key, and is refused")
+                continue
             valid_until = expiry_time(expires)
             if valid_until is None or valid_until > now:
                 return Account(key_id=key_id, expires=valid_until)
