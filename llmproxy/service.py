@@ -1,7 +1,7 @@
 """The command line and the signals: what `twistd llmproxy` and `python -m llmproxy` start.
 
-    twistd -n llmproxy -c config.toml  -->  Options --> makeService --> Proxy
-    SIGHUP --> Proxy.reload    SIGTERM, SIGINT --> the reactor stops, and the proxy with it
+twistd -n llmproxy -c config.toml  -->  Options --> makeService --> Proxy
+SIGHUP --> Proxy.reload    SIGTERM, SIGINT --> the reactor stops, and the proxy with it
 """
 
 from __future__ import annotations

@@ -195,12 +195,12 @@ class _Endpoint:
 class Backend:
     """Use `agent` for an `Upstream`. `refuse`: what connecting fails with. `hold`: it waits."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, origin: bytes = b"http://b:1") -> None:
         self.links: list[Link] = []
         self.refuse: Exception | None = None
         self.hold: Deferred[None] = succeed(None)
         self._clock = clock
-        self.agent = BackendAgent(b"http://b:1", _Endpoint(self), clock)
+        self.agent = BackendAgent(origin, _Endpoint(self), clock)
         self.agent.close()  # no connection serves twice
 
     def connect(self, factory: Any) -> Deferred[Any]:

@@ -1,4 +1,4 @@
-"""A real proxy in this process: real sockets, a real SQLite file, a configuration of the test's own.
+"""A real proxy in this process: real sockets, a real SQLite file, the test's own configuration.
 
 async with running_proxy(tmp_path, {"chat": {"url": backend.url}}) as proxy:
     answer = await proxy.post("/v1/chat/completions", {...})

@@ -49,7 +49,7 @@ class Endpoint:
     def connect(self, factory: Factory) -> Deferred[Any]:
         if self.error is not None:
             raise self.error
-        connection: Any = factory.buildProtocol(None)  # type: ignore[arg-type]
+        connection: Any = factory.buildProtocol(None)
         wire = Wire()
         self.wires.append(wire)
         self.connections.append(connection)
@@ -69,7 +69,8 @@ class Body(Protocol):
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         assert reason is not None
-        self.ends.append(type(reason.value))
+        assert reason.type is not None
+        self.ends.append(reason.type)
 
 
 class Rig:

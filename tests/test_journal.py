@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import pytest_twisted
+from deferreds import failure_of
 from proxy import reactor
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, gatherResults
@@ -234,6 +235,14 @@ def test_settling_again_changes_nothing(books: Books) -> None:
         assert again.called
     assert books.rows() == [("r1", "settled", "complete", 3, 2, 1)]
     assert books.bill() == BILL
+
+
+def test_opening_a_row_again_leaves_it_as_it_is(books: Books) -> None:
+    books.ledger.open(entry("r1"))
+    books.ledger.settle(entry("r1"), settled())
+    books.ledger.open(entry("r1"))
+    books.pool.commit_all()
+    assert books.rows() == [("r1", "settled", "complete", 3, 2, 1)]
 
 
 def test_an_event_that_is_there_already_stays_as_it_is(books: Books) -> None:
@@ -693,8 +702,18 @@ def test_open_rows_of_the_living_stay_open(books: Books) -> None:
 
 def test_a_recovery_that_is_repeated_counts_each_row_once(books: Books) -> None:
     of_another_process(books, "r1", "dead")
+    trouble = [sqlite3.OperationalError("disk I/O error")]
+
+    def fail_once(_: sqlite3.Connection) -> None:
+        if trouble:
+            raise trouble.pop()
+
+    books.writer.write(lambda connection: None)
     found = books.ledger.recover()
-    books.pool.fail()
+    books.writer.write(fail_once)
+    books.pool.commit()
+    books.pool.commit()
+    assert not found.called
     books.clock.advance(RETRY_S[0])
     books.pool.commit_all()
     assert found.result == {State.ORPHAN: 1}

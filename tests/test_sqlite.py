@@ -155,6 +155,17 @@ def test_a_file_that_stays_locked_is_refused_by_its_name(
             prepare(path)
 
 
+def test_a_file_that_is_locked_for_a_moment_is_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmproxy.storage.sqlite.BUSY_TIMEOUT_S", 0.0)
+    with closing(connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(time, "sleep", lambda seconds: other.execute("ROLLBACK"))
+        prepare(path)
+    assert query(path, "SELECT count(*) FROM ledger") == [(0,)]
+
+
 #: Waits for a moment, so that all that are started begin together.
 PREPARE = """
 import sys, time

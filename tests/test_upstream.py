@@ -113,7 +113,7 @@ def test_a_failure_of_the_backend_has_a_gateways_status(kind, status):
 
 
 def upstream(clock: Clock, url: str = "http://b:1") -> tuple[Upstream, MemoryBackend]:
-    backend = MemoryBackend(clock)
+    backend = MemoryBackend(clock, "/".join(url.split("/")[:3]).encode())
     settings = Backend(name="m", url=url, device="gpu")
     return Upstream(settings, backend.agent, clock), backend
 
@@ -210,7 +210,7 @@ class Certificates:
     def make(self, host: str, days: int = 1) -> tuple[Path, Any]:
         """The certificate's file, and a context factory for a server."""
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llmproxy test")])
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"llmproxy test {host}")])
         try:
             subject: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
         except ValueError:
