@@ -85,6 +85,18 @@ class UnsupportedMediaType(ProxyError):
     status, code = 415, "unsupported_media_type"
 
 
+class TargetTooLong(ProxyError):
+    """The request's target is over the limit (RFC 9110 section 15.5.15)."""
+
+    status, code = 414, "uri_too_long"
+
+
+class HeaderTooLarge(ProxyError):
+    """The request's header is over the limit (RFC 6585 section 5)."""
+
+    status, code = 431, "request_header_fields_too_large"
+
+
 class Unavailable(ProxyError):
     """We can't know now (a store is down, or we are stopping): try again later."""
 

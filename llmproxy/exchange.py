@@ -167,13 +167,14 @@ class Exchange:
         form = Form(
             self._request.upload,
             boundary,
+            self._services.clock,
             hold_limit=config.max_json_body,
             max_size=config.client_max_size,
             timeout_s=config.timeout_read,
         )
         route = self._services.backends.find(await form.model())
         backend = route.backend
-        form.start(backend.model or backend.name)
+        form.start(backend.model or backend.name, backend.timeout or config.timeout_read)
 
         def convert(body: bytes) -> Answer:
             content_type, converted = audio.convert(body, form.response_format)

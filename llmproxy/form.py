@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IConsumer
+from twisted.internet.defer import TimeoutError as DeferTimeoutError
+from twisted.internet.interfaces import IConsumer, IReactorTime
 from twisted.python.failure import Failure
 from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface import implementer
 
 from llmproxy.audio import FormRewriter
+from llmproxy.errors import BackendTimeout
 from llmproxy.upload import Upload, too_large
 
 
@@ -25,7 +27,14 @@ class Form:
     length = UNKNOWN_LENGTH
 
     def __init__(
-        self, upload: Upload, boundary: bytes, *, hold_limit: int, max_size: int, timeout_s: float
+        self,
+        upload: Upload,
+        boundary: bytes,
+        clock: IReactorTime,
+        *,
+        hold_limit: int,
+        max_size: int,
+        timeout_s: float,
     ) -> None:
         self.on_sent: Callable[[], None] = lambda: None
         self.content_type = b'multipart/form-data; boundary="' + boundary + b'"'
@@ -33,6 +42,8 @@ class Form:
         self._rewriter = FormRewriter(boundary, hold_limit=hold_limit)
         self._max_size = max_size
         self._timeout_s = timeout_s
+        self._clock = clock
+        self._patience_s = timeout_s
         self._size = 0
         self._ready = b""
         self._gate: Deferred[None] | None = None
@@ -55,8 +66,9 @@ class Form:
             self._ready += self._rewriter.feed(data)
         return self._rewriter.model or ""
 
-    def start(self, backend_model: str) -> None:
-        """The backend's name for the model."""
+    def start(self, backend_model: str, patience_s: float) -> None:
+        """The backend's name for the model, and how long it may take no more in mid-form."""
+        self._patience_s = patience_s
         self._ready += self._rewriter.start(backend_model)
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
@@ -74,9 +86,16 @@ class Form:
             if part:
                 consumer.write(part)
             if self._gate is not None:
-                await self._gate
+                await self._opening(self._gate)
         consumer.write(self._rewriter.finish())
         self.on_sent()
+
+    async def _opening(self, gate: Deferred[None]) -> None:
+        # A held-up client can't even be seen to leave, so nothing else would end this.
+        try:
+            await gate.addTimeout(self._patience_s, self._clock)
+        except DeferTimeoutError:
+            raise BackendTimeout("The model's server did not take the request in time.") from None
 
     async def _next(self) -> bytes | None:
         data = await self._upload.next(self._timeout_s)

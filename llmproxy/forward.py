@@ -234,8 +234,7 @@ class Forward:
             except BackendError as error:  # the work was done, and gave nothing: not ours to judge
                 unclear = replace(reading, exact=False, raw=reading.raw or "")
                 return self._ending(Outcome.BACKEND_FAILED, unclear, error)
-        outcome = Outcome.CLIENT_GONE if self._down.gone else Outcome.COMPLETE
-        return self._ending(outcome, reading, answer)
+        return self._ending(self._or_gone(Outcome.COMPLETE), reading, answer)
 
     def _collect_up_to(self, limit: int) -> Callable[[bytes], None]:
         def collect(data: bytes) -> None:
@@ -276,13 +275,15 @@ class Forward:
     def _stream_ending(self, end: BodyEnd, meter: StreamMeter) -> Ending:
         rest = meter.finish()
         reading = meter.reading()
-        whole = end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED)
+        whole = meter.ended or end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED)
+        if meter.failed and whole:  # some servers end an error with their dialect's last event
+            return self._ending(self._or_gone(Outcome.BACKEND_FAILED), _no_result(reading), rest)
         if meter.ended:
-            outcome = Outcome.CLIENT_GONE if self._down.gone else Outcome.COMPLETE
-            return self._ending(outcome, reading, rest)
-        if meter.failed and whole:
-            return self._ending(Outcome.BACKEND_FAILED, _no_result(reading), rest)
+            return self._ending(self._or_gone(Outcome.COMPLETE), reading, rest)
         return self._cut_short(end, reading)
+
+    def _or_gone(self, outcome: Outcome) -> Outcome:
+        return Outcome.CLIENT_GONE if self._down.gone else outcome
 
     def _cut_short(self, end: BodyEnd, reading: Reading) -> Ending:
         if self._down.gone or end is BodyEnd.STOPPED:

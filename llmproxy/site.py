@@ -11,6 +11,7 @@ through.
 from __future__ import annotations
 
 from collections.abc import Callable
+from http import HTTPStatus
 from io import BytesIO
 from typing import cast
 
@@ -25,7 +26,7 @@ from twisted.web.resource import IResource
 
 from llmproxy import __version__, dialects
 from llmproxy.endpoints import Dialect
-from llmproxy.errors import BadRequest, ProxyError
+from llmproxy.errors import BadRequest, HeaderTooLarge, ProxyError, TargetTooLong
 from llmproxy.ids import new_request_id
 from llmproxy.metrics import Metrics
 from llmproxy.upload import Upload
@@ -235,14 +236,32 @@ class Channel(HTTPChannel):
     def _send100Continue(self) -> None:
         """Not before somebody wants the body: see `Request._invite`."""
 
+    def lineLengthExceeded(self, line: bytes) -> None:
+        """A line of a header has no end in sight."""
+        if hasattr(self, "_command"):  # as it has once the first line is there
+            self._refuse(HeaderTooLarge("The request's header is too large."))
+        else:
+            self._refuse(TargetTooLong("The request's target is too long."))
+
     def _respondToBadRequestAndDisconnect(self) -> None:
-        """What can't be parsed is answered too, in the most common dialect."""
-        error = BadRequest("The request is not valid HTTP/1.1.")
+        """What can't be parsed is answered too."""
+        if (
+            self._receivedHeaderSize > self.totalHeadersSize
+            or self._receivedHeaderCount > self.maxHeaders
+        ):
+            self._refuse(HeaderTooLarge("The request's header is too large."))
+        else:
+            self._refuse(BadRequest("The request is not valid HTTP/1.1."))
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answer what is no request, in the most common dialect, and close."""
+        reason = HTTPStatus(error.status).phrase.encode()
         body = dialects.error_body(Dialect.OPENAI, error)
         rid = new_request_id().encode()
         cast(ITransport, self.transport).write(
-            b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
-            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (rid, len(body), body)
+            b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b"
+            % (error.status, reason, rid, len(body), body)
         )
         self.loseConnection()
 

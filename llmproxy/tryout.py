@@ -28,7 +28,7 @@ from llmproxy.storage.sqlite import connect, prepare
 SAMPLE_KEYS = (("token1", "2024-01-01"), ("token2", None), ("token3", "2124-01-01"))
 #: A token a time that eyes can follow.
 TOKEN_DELAY_S = 0.03
-PORT = 8080
+PORT, ADMIN = 8080, "tcp:8081:interface=127.0.0.1"
 
 GREETING = """
 Try it, in another terminal:
@@ -58,6 +58,7 @@ def _settings(folder: Path, llm_port: int) -> Config:
         {
             "host": "127.0.0.1",
             "port": PORT,
+            "admin": {"listen": [ADMIN]},
             "db": {"uri": "sqlite://demo.sqlite"},
             "backends": sample_backends(f"http://127.0.0.1:{llm_port}"),
         },

@@ -130,6 +130,28 @@ async def test_a_stream_that_breaks_off_is_never_a_clean_end(tmp_path: Path, end
             assert proxy.bill() == {"chat/gpu/completion": 2}
 
 
+@pytest.mark.parametrize(
+    ("events", "row"),
+    [
+        ([], ("settled", "backend_failed", None, None)),
+        (TEXT, ("estimated", "backend_failed", None, 2)),
+        ([*TEXT, STREAM[2]], ("settled", "backend_failed", 3, 2)),
+    ],
+    ids=["nothing", "some text", "text and usage"],
+)
+@pytest_twisted.ensureDeferred
+async def test_an_error_in_a_stream_is_passed_on_and_what_came_before_it_is_billed(
+    tmp_path: Path, events: list[Any], row: Any
+) -> None:
+    error = {"error": {"message": "out of memory", "code": 500}}
+    async with ScriptedBackend([sse_answer([*events, error, DONE])]) as backend:
+        async with proxy_for(tmp_path, backend) as proxy:
+            answer = await proxy.post(CHAT, ASK_STREAM)
+            assert answer.whole
+            assert answer.body.endswith(sse_event(error) + DONE)
+            assert proxy.rows() == [row]
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_stream_that_falls_silent_is_ended_with_an_error(tmp_path: Path) -> None:
     begun = head(200, CHUNKED) + b"".join(chunk(sse_event(each)) for each in TEXT)

@@ -17,12 +17,12 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IResponse
 from zope.interface.verify import verifyObject
 
 from llmproxy import config
-from llmproxy.errors import BackendError, BadRequest, BodyTooLarge, RequestTimeout
+from llmproxy.errors import BackendError, BackendTimeout, BadRequest, BodyTooLarge, RequestTimeout
 from llmproxy.form import Form
 from llmproxy.upload import HIGH_WATER, ClientGone, Upload
 from llmproxy.upstream import Upstream, translate
 
-TIMEOUT_S = 5.0
+TIMEOUT_S, PATIENCE_S = 5.0, 7.0
 BOUNDARY = b"--X"
 
 
@@ -56,7 +56,12 @@ class Way:
             invite=lambda: None,
         )
         self.form = Form(
-            self.upload, BOUNDARY, hold_limit=hold_limit, max_size=max_size, timeout_s=TIMEOUT_S
+            self.upload,
+            BOUNDARY,
+            clock,
+            hold_limit=hold_limit,
+            max_size=max_size,
+            timeout_s=TIMEOUT_S,
         )
         self.sent: list[bool] = []
         self.backend = Backend(clock)
@@ -67,7 +72,7 @@ class Way:
 
     def send(self) -> Deferred[IResponse]:
         """Name the backend's model, and begin to send; as an exchange does."""
-        self.form.start("org/whisper")
+        self.form.start("org/whisper", PATIENCE_S)
         self.form.on_sent = lambda: self.sent.append(True)
         settings = config.Backend(name="m", url="http://b:1", device="gpu")
         upstream = Upstream(settings, self.backend.agent, self.clock)
@@ -196,13 +201,23 @@ def test_a_slow_backend_holds_the_client_up(way, sending):
     way.come(bytes(HIGH_WATER))
     assert way.held
     assert len(way.link.received) == before
-    way.clock.advance(10 * TIMEOUT_S)  # the client is not to blame
+    way.clock.advance(PATIENCE_S - 0.1)  # longer than a client may take: it is not to blame
     assert is_waiting(sending)
     way.link.wire.drained()
     assert not way.held
     assert len(way.link.received) > before + HIGH_WATER
     sending.addErrback(lambda _: None).cancel()
     way.form.stopProducing()
+    way.check_over()
+
+
+def test_a_backend_that_takes_no_more_does_not_hold_the_client_up_for_ever(way, sending):
+    way.link.wire.slow()
+    way.come(bytes(1000))
+    way.clock.advance(PATIENCE_S)
+    assert isinstance(translate(failure_of(sending, Exception)), BackendTimeout)
+    assert way.link.wire.aborted
+    assert not way.is_whole
     way.check_over()
 
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import pytest
 import pytest_twisted
-from deferreds import failure_of
 from proxy import reactor
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, gatherResults
@@ -21,7 +20,7 @@ from zope.interface.verify import verifyObject
 
 from llmproxy.errors import StorageError
 from llmproxy.model import Account, Entry, Event, Kind, Outcome, Settlement, State
-from llmproxy.storage import ILedger, IOutbox
+from llmproxy.storage import ILedger, IOutbox, journal
 from llmproxy.storage.journal import (
     OPEN_TIMEOUT_S,
     RETRY_S,
@@ -193,7 +192,7 @@ def test_the_ledger_is_a_ledger_and_an_outbox(books: Books) -> None:
 def test_a_row_that_can_t_be_written_is_not_open(books: Books) -> None:
     opening = books.ledger.open(entry("r", key_id=cast(str, None)))
     books.pool.commit_all()
-    assert isinstance(failure_of(opening), sqlite3.IntegrityError)
+    failure_of(opening).trap(sqlite3.IntegrityError)
 
 
 def test_a_row_is_open_and_then_settled_with_its_events(books: Books) -> None:
@@ -755,6 +754,23 @@ def test_rows_that_put_nothing_on_the_bill_do_not_wait(outbox: Books) -> None:
     outbox.pool.commit_all()
     assert committed(outbox, outbox.ledger.undelivered(10)) == []
     assert committed(outbox, outbox.ledger.backlog()) == (0, 0.0)
+
+
+def test_a_long_backlog_is_not_counted_to_its_end(
+    outbox: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "COUNTED_BACKLOG", 2)
+    outbox.clock.advance(FINISHED.timestamp() + 60)
+    for rid in ("r1", "r2", "r3"):
+        outbox.ledger.open(entry(rid))
+        outbox.ledger.settle(entry(rid), settled())
+    assert committed(outbox, outbox.ledger.backlog()) == (2, 60.0)
+
+
+@pytest.mark.parametrize("statement", [journal.OPEN_OWNERS, journal.OPEN_ROWS, journal.UNDELIVERED])
+def test_no_statement_of_the_ledger_reads_the_rows_of_years(books: Books, statement: str) -> None:
+    explained = books.query("EXPLAIN QUERY PLAN " + statement.replace("?", "1"))
+    assert all("ledger" not in step or "INDEX" in step for *_, step in explained), explained
 
 
 def test_what_is_delivered_waits_no_more(outbox: Books) -> None:

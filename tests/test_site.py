@@ -340,8 +340,13 @@ NO_REQUEST = {
     "empty length": HOST + b"Content-Length:\r\n\r\nabc",
     "unknown coding": HOST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "two codings": HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
-    "too many fields": HOST + b"A: b\r\n" * 501 + b"\r\n",
-    "too long a header": HOST + b"A: %b\r\n" % (b"b" * 9000) * 2 + b"\r\n",
+}
+TOO_LARGE = {
+    "many fields": (HOST + b"A: b\r\n" * 501 + b"\r\n", 431),
+    "long fields": (HOST + b"A: %b\r\n" % (b"b" * 9000) * 2 + b"\r\n", 431),
+    "a long field": (HOST + b"A: %b\r\n\r\n" % (b"b" * 20_000), 431),
+    "a field without an end": (HOST + b"A: " + b"b" * 20_000, 431),
+    "a long target": (b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"b" * 20_000), 414),
 }
 
 
@@ -357,6 +362,21 @@ def test_what_is_no_request_is_told_so_and_never_served(server, data):
     assert answer.fields["connection"] == "close"
     assert uuid.UUID(answer.fields["x-request-id"]).version == 7
     assert (server.active(), server.counted()) == (0, 0)
+    assert server.clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize(("data", "status"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_header_that_is_too_large_is_told_so_and_never_served(server, data, status):
+    server.send(request_bytes(b"/first"))
+    respond(server.requests[0])
+    server.send(data)
+    server.clock.advance(0)
+    assert len(server.requests) == 1
+    assert not server.wire.connected
+    first, answer = answers(server.sent)
+    assert (first.status, answer.status) == (200, status)
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert answer.fields["connection"] == "close"
     assert server.clock.getDelayedCalls() == []
 
 

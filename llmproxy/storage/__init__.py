@@ -66,5 +66,7 @@ class IOutbox(Interface):
     def backlog() -> Deferred[tuple[int, float]]:
         """How many rows wait, and how many seconds ago the oldest one finished (0.0: none waits).
 
+        The number can have a bound, beyond which it says only that there are so many or more.
+
         Fails with `StorageError`.
         """

@@ -46,6 +46,8 @@ from llmproxy.storage.sqlite import from_text, to_text
 OPEN_TIMEOUT_S = 2.0
 #: How often is looked whether one has waited too long.
 SWEEP_S = OPEN_TIMEOUT_S / 8
+#: A longer backlog is counted no further: commits have to wait meanwhile.
+COUNTED_BACKLOG = 100_000
 #: The pause before a failed commit is repeated: doubled each time, up to the second number.
 RETRY_S = (0.05, 1.0)
 
@@ -61,13 +63,17 @@ CHECKPOINT_ROW = """UPDATE ledger SET
     prompt = ?, completion = ?, embedding = ?, transcription = ? WHERE rid = ? AND state = 'open'"""
 ADD_EVENT = """INSERT OR IGNORE INTO event_oneoff (created, api_key, product, quantity, rid)
     VALUES (?, ?, ?, ?, ?)"""
+# `<> 'settled'` says nothing new, but without it SQLite does not see that its index will do.
+OPEN_OWNERS = """SELECT DISTINCT owner FROM ledger
+    WHERE state = 'open' AND state <> 'settled'"""
 OPEN_ROWS = """SELECT rid, opened, api_key, user_id, path, model, device,
-    prompt, completion, embedding, transcription FROM ledger WHERE state = 'open' AND owner = ?"""
+    prompt, completion, embedding, transcription FROM ledger
+    WHERE state = 'open' AND state <> 'settled' AND owner = ?"""
 UNDELIVERED = """SELECT rid, finished, api_key, user_id, path, model, device,
     prompt, completion, embedding, transcription FROM ledger
     WHERE delivered = 0 AND state IN ('settled', 'estimated') ORDER BY finished, rid LIMIT ?"""
-BACKLOG = """SELECT count(*), min(finished) FROM ledger
-    WHERE delivered = 0 AND state IN ('settled', 'estimated')"""
+BACKLOG = """SELECT count(*), min(finished) FROM (SELECT finished FROM ledger
+    WHERE delivered = 0 AND state IN ('settled', 'estimated') ORDER BY finished, rid LIMIT ?)"""
 
 
 Counter = dict[State, int]
@@ -454,7 +460,7 @@ class SQLiteLedger:
         found: list[tuple[int, float]] = []
 
         def read(connection: sqlite3.Connection) -> None:
-            rows, oldest = connection.execute(BACKLOG).fetchone()
+            rows, oldest = connection.execute(BACKLOG, (COUNTED_BACKLOG,)).fetchone()
             age = self._clock.seconds() - from_text(oldest).timestamp() if oldest else 0.0
             found[:] = [(rows, max(age, 0.0))]
 
@@ -466,8 +472,7 @@ def _many(connection: sqlite3.Connection, statement: str, rows: Sequence[Any]) -
 
 
 def _open_owners(connection: sqlite3.Connection) -> list[str]:
-    rows = connection.execute("SELECT DISTINCT owner FROM ledger WHERE state = 'open'")
-    return [owner for (owner,) in rows]
+    return [owner for (owner,) in connection.execute(OPEN_OWNERS)]
 
 
 def _as_settled(entry: Entry, counts: Counts) -> Settlement:

@@ -279,7 +279,7 @@ def test_a_write_concern_that_fails_doubles_nothing(tmp_path: Path, server: Mong
                 await trial.all_known()
                 # The documents are stored, and the answer says that they may not last.
                 concern = {"code": 64, "errmsg": "waiting"}
-                times = 6 if LONG else 2
+                times = 4 if LONG else 2
                 server.fail_command(times, failCommands=["insert"], writeConcernError=concern)
                 await asyncio.sleep(0.5)
                 await trial.delivered()

@@ -29,7 +29,10 @@ BROKEN = Path(__file__).with_name("broken.py")
 #: `1795450965.53 pwrite64(4<PATH>, "DATA", 12, 0) = 12 <0.000006>`, strings in hexadecimal.
 CALL = re.compile(r"(\d+\.\d+) (\w+)\(\d+<([^>]*)>(?:, (.*))?\) += (-?\d+).* <(\d+\.\d+)>$")
 
-pytestmark = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+
+@pytest.fixture(autouse=True)
+def there_is_strace() -> None:
+    assert shutil.which("strace"), "strace is needed: apt-get install strace"
 
 
 @dataclass(frozen=True)
