@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+#: The status in logs and metrics of a request whose client left before any answer.
+CLIENT_GONE = 499
+
 
 class ProxyError(Exception):
     """An ending that has an HTTP answer of ours."""

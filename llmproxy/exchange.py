@@ -27,6 +27,7 @@ from llmproxy.config import Config
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Body, Endpoint
 from llmproxy.errors import (
+    CLIENT_GONE,
     BackendTimeout,
     ProxyError,
     StorageError,
@@ -72,6 +73,8 @@ class Exchange:
         self._request = request
         self._services = services
         self._down = Downstream(request, services.clock, services.config.timeout_read)
+        self._key_id: str | None = None
+        self._model: str | None = None
         self._forward: Forward | None = None
         self._is_cut = False
         self._began = services.monotonic()
@@ -106,6 +109,7 @@ class Exchange:
         if self._services.draining:
             raise Unavailable("The service is stopping; try again shortly.")
         account = await self._authenticate()
+        self._key_id = account.key_id
         order = await self._admit()
         entry = self._entry(account, order)
         await self._open(entry)
@@ -138,6 +142,7 @@ class Exchange:
         config, endpoint = self._services.config, self._endpoint
         raw = await self._request.upload.read(config.max_json_body, config.timeout_read)
         request = rewrite.plan(endpoint, raw)
+        self._model = request.model
         route = self._services.backends.find(request.model)
         backend = route.backend
         continuous = backend.usage == "continuous"
@@ -172,7 +177,8 @@ class Exchange:
             max_size=config.client_max_size,
             timeout_s=config.timeout_read,
         )
-        route = self._services.backends.find(await form.model())
+        self._model = await form.model()
+        route = self._services.backends.find(self._model)
         backend = route.backend
         form.start(backend.model or backend.name, backend.timeout or config.timeout_read)
 
@@ -234,7 +240,7 @@ class Exchange:
         metrics.ledger_rows(closing.state)
         if closing.state in BILLED:
             metrics.for_backend(entry.model).billed(closing.counts)
-        self._log(entry, closing)
+        self._log(entry, closing, self._told(ending))
 
     def _release(self, ending: Ending) -> None:
         last = ending.last
@@ -253,14 +259,7 @@ class Exchange:
             self._down.abort()
             return
         if self._forward is None:  # else its row and its line tell more
-            log.info(
-                "refused {rid} path={path} status={status} code={code} ms={duration_ms}",
-                rid=self._request.rid,
-                path=self._endpoint.path,
-                status=error.status,
-                code=error.code,
-                duration_ms=_ms(self._services.monotonic() - self._began),
-            )
+            self._request.log_refusal(error, self._key_id, self._model)
         self._down.answer(*dialects.error_answer(self._endpoint.dialect, error))
 
     # -- what is measured ------------------------------------------------------------------
@@ -285,9 +284,18 @@ class Exchange:
         if ending.outcome not in (Outcome.COMPLETE, Outcome.CLIENT_GONE):
             metrics.error(_error_type(ending))
 
-    def _log(self, entry: Entry, closing: Settlement) -> None:
+    def _told(self, ending: Ending) -> int:
+        """The status that the client gets, or would have got."""
+        if self._down.gone and not self._down.started:
+            return CLIENT_GONE
+        if isinstance(ending.last, bytes) or self._down.started:
+            return 200
+        return ending.last.status
+
+    def _log(self, entry: Entry, closing: Settlement, status: int) -> None:
         log.info(
-            "{outcome} {rid} key={key_id} model={model} path={path} status={status} state={state}"
+            "{outcome} {rid} key={key_id} model={model} path={path} status={status}"
+            " backend_status={backend_status} state={state}"
             " prompt={prompt} completion={completion} embedding={embedding} audio_s={audio_s}"
             " ms={duration_ms} ttft_ms={ttft_ms}",
             outcome=str(closing.outcome),
@@ -295,7 +303,8 @@ class Exchange:
             key_id=entry.account.key_id,
             model=entry.model,
             path=entry.path,
-            status=closing.status,
+            status=status,
+            backend_status=closing.status,
             state=str(closing.state),
             prompt=closing.counts.get(Kind.PROMPT),
             completion=closing.counts.get(Kind.COMPLETION),

@@ -120,7 +120,13 @@ class ModelsResource(PathResource):
             await self._services.authenticator.authenticate(key)
             body = self._described(request.path)
         except ProxyError as error:
+            request.log_refusal(error)
             down.answer(*error_answer(self.dialect, error))
+        except Exception:
+            log.failure("request {rid} failed", rid=request.rid)
+            down.answer(
+                *error_answer(self.dialect, ProxyError("Something went wrong on our side."))
+            )
         else:
             down.answer(200, [(b"Content-Type", b"application/json")], body)
 

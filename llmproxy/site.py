@@ -26,7 +26,7 @@ from twisted.web.resource import IResource
 
 from llmproxy import __version__, dialects
 from llmproxy.endpoints import Dialect
-from llmproxy.errors import BadRequest, HeaderTooLarge, ProxyError, TargetTooLong
+from llmproxy.errors import CLIENT_GONE, BadRequest, HeaderTooLarge, ProxyError, TargetTooLong
 from llmproxy.ids import new_request_id
 from llmproxy.metrics import Metrics
 from llmproxy.upload import Upload
@@ -35,6 +35,8 @@ from llmproxy.upload import Upload
 IDLE_TIMEOUT_S = 60
 #: How long the rest of a refused body is waited for.
 DISCARD_S = 2.0
+#: How much of a path that is not served is logged.
+MAX_LOGGED = 200
 log = Logger()
 
 SERVER = b"llmproxy/" + __version__.encode()
@@ -105,6 +107,7 @@ class Request(server.Request):
 
     def refuse(self, dialect: Dialect, error: ProxyError) -> None:
         """Answer with an error at once."""
+        self.log_refusal(error)
         status, fields, body = dialects.error_answer(dialect, error)
         self.setResponseCode(status)
         for name, value in fields:
@@ -112,6 +115,22 @@ class Request(server.Request):
         self.setHeader(b"Content-Length", b"%d" % len(body))
         self.write(body)
         self.end()
+
+    def log_refusal(
+        self, error: ProxyError, key_id: str | None = None, model: str | None = None
+    ) -> None:
+        """The line for a request that was sent to no backend."""
+        log.info(
+            "refused {rid} key={key_id} model={model} path={path} status={status} code={code}"
+            " ms={duration_ms}",
+            rid=self.rid,
+            key_id=key_id,
+            model=model,
+            path=self.path[:MAX_LOGGED].decode("ascii", "replace"),
+            status=error.status,
+            code=error.code,
+            duration_ms=round(1000 * (self.site.monotonic() - self._began), 1),
+        )
 
     def end(self) -> None:
         """The answer is complete; the rest of the request's body, if any, is dropped."""
@@ -320,4 +339,5 @@ class Site(server.Site):
         """It was answered, or its client left."""
         path = request.path.decode("ascii", "replace")
         method = request.method.decode("ascii", "replace")
-        self._metrics.request_done(method, path, request.code, seconds)
+        status = request.code if request.startedWriting else CLIENT_GONE
+        self._metrics.request_done(method, path, status, seconds)

@@ -27,7 +27,7 @@ from twisted.internet.error import ConnectionAborted
 from twisted.internet.task import Clock, deferLater
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from zope.interface import implementer
+from zope.interface import implementer, provider
 
 # The global reactor has no type of its own: it is whichever was installed.
 reactor: Any = _reactor
@@ -177,6 +177,20 @@ def logged_errors() -> Iterator[LoggedErrors]:
     leftovers.remove()
     if found:
         pytest.fail("\n".join(found), pytrace=False)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """All that is logged in the test: each event's text, and every field of it."""
+    lines: list[str] = []
+
+    @provider(ILogObserver)
+    def observe(event: LogEvent) -> None:
+        lines.append(f"{formatEvent(event)} {event!r}")
+
+    globalLogPublisher.addObserver(observe)
+    yield lines
+    globalLogPublisher.removeObserver(observe)
 
 
 @pytest.fixture

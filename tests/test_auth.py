@@ -6,16 +6,14 @@ import gc
 import hashlib
 import io
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from zope.interface import implementer, provider
+from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from llmproxy import auth
@@ -100,20 +98,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 def use_clock(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of day follows the clock."""
     monkeypatch.setattr(auth, "utcnow", lambda: datetime.fromtimestamp(gate.clock.seconds(), UTC))
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """All that is logged, with every field of every event."""
-    lines: list[str] = []
-
-    @provider(ILogObserver)
-    def observe(event: LogEvent) -> None:
-        lines.append(f"{formatEvent(event)} {event!r}")
-
-    globalLogPublisher.addObserver(observe)
-    yield lines
-    globalLogPublisher.removeObserver(observe)
 
 
 # -- how long it is believed -------------------------------------------------------------------

@@ -467,6 +467,52 @@ async def test_only_the_exact_paths_are_there(
 
 
 @pytest_twisted.ensureDeferred
+async def test_each_request_has_one_line_with_what_is_known_of_it(
+    tmp_path: Path, logged: list[str]
+) -> None:
+    scripts = [json_answer(200, COMPLETION)], [json_answer(401, {})]
+    async with ScriptedBackend(*scripts) as backend, proxy_for(tmp_path, backend) as proxy:
+        secret = {"messages": [{"role": "user", "content": "a secret canary"}]}
+        await proxy.post(CHAT, {**ASK, **secret})
+        await proxy.post(CHAT, {**ASK, **secret})
+        await proxy.post(CHAT, {**ASK, **secret, "model": "other"})
+        await proxy.post(CHAT, ASK, key="canary-key")
+        await proxy.get("/v1/models", key="canary-key")
+        await proxy.get("/nothing?key=canary-key")
+        rids = [rid for (rid,) in proxy.rows("rid")]
+    lines = [line for line in logged if line.startswith(("complete ", "refused "))]
+    known = f"key=id-token2 model=chat path={CHAT}"
+    wanted = [
+        f"complete {rids[0]} {known} status=200 backend_status=200 state=settled prompt=3",
+        f"refused {rids[1]} {known} status=502 backend_status=401 state=settled",
+        f"key=id-token2 model=other path={CHAT} status=404 code=model_not_found",
+        f"key=None model=None path={CHAT} status=401 code=invalid_api_key",
+        "key=None model=None path=/v1/models status=401",
+        "key=None model=None path=/nothing status=404",
+    ]
+    for line, part in zip(lines, wanted, strict=True):
+        assert part in line
+    assert "canary" not in "".join(logged)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_client_that_leaves_before_any_answer_is_counted_apart(tmp_path: Path) -> None:
+    left: Deferred[None] = Deferred()
+    script: list[Any] = [Wait(left), json_answer(200, COMPLETION)]
+    async with ScriptedBackend(script) as backend, proxy_for(tmp_path, backend) as proxy:
+        client = await proxy.open()
+        client.send(request_bytes("POST", CHAT, orjson.dumps(ASK)))
+        await backend.request()
+        client.abort()
+        await client.closed
+        await proxy.get("/v1/models")
+        left.callback(None)
+        await proxy.settled()
+        metrics = (await proxy.get("/metrics", port=proxy.admin_port)).body.decode()
+        assert f'llmproxy_requests_total{{method="POST",path="{CHAT}",status="499"}} 1' in metrics
+
+
+@pytest_twisted.ensureDeferred
 async def test_an_unknown_model_is_not_found(tmp_path: Path) -> None:
     async with ScriptedBackend() as backend, proxy_for(tmp_path, backend) as proxy:
         answer = await proxy.post(CHAT, {**ASK, "model": "other"})

@@ -658,6 +658,15 @@ def test_a_writer_that_was_stopped_tries_no_more(books: Books) -> None:
     assert not books.pool.busy
 
 
+def test_a_number_that_can_t_be_written_before_the_end_is_in_the_log(
+    books: Books, logged: list[str]
+) -> None:
+    books.ledger.settle(entry("r1"), settled(counts={Kind.PROMPT: 3, Kind.COMPLETION: 4}))
+    books.pool.fail()
+    books.writer.stop()
+    assert any("not written: r1 settled: prompt 3, completion 4" in line for line in logged)
+
+
 # -- recovery ----------------------------------------------------------------------------------
 
 

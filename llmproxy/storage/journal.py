@@ -85,9 +85,10 @@ class Operation:
     `error`: why this one can never be written (a fault of ours); the others are not held up.
     """
 
-    def __init__(self, write: Callable[[sqlite3.Connection], None]) -> None:
+    def __init__(self, write: Callable[[sqlite3.Connection], None], what: str = "") -> None:
         self.done: Deferred[None] = Deferred()
         self.write = write
+        self.what = what
         self.error: Exception | None = None
 
     def apply(self, connection: sqlite3.Connection) -> None:
@@ -201,9 +202,9 @@ class GroupCommit:
             self._commit()
         return operation.done
 
-    def write(self, write: Callable[[sqlite3.Connection], None]) -> Deferred[None]:
-        """The same for a plain function."""
-        return self.add(Operation(write))
+    def write(self, write: Callable[[sqlite3.Connection], None], what: str = "") -> Deferred[None]:
+        """The same for a plain function; `what` tells of it if it can't be written in the end."""
+        return self.add(Operation(write, what))
 
     def when_idle(self) -> Deferred[None]:
         """Fires when all that was added is durable."""
@@ -214,8 +215,11 @@ class GroupCommit:
         return waiter
 
     def stop(self) -> None:
-        """Try no more."""
+        """Try no more, and say what is lost with us: the numbers of rows that stay open."""
         self._stopped = True
+        for operation in [*self._batch, *self._queue]:
+            if operation.what:
+                self.log.error("ledger: not written: {what}", what=operation.what)
         self._stop_sweeping()
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
@@ -412,7 +416,9 @@ class SQLiteLedger:
         def close(connection: sqlite3.Connection) -> None:
             close_row(connection, entry, settlement, delivered=self._bills_here)
 
-        settled = self.writer.write(close)
+        counted = ", ".join(f"{kind} {count}" for kind, count in settlement.counts.items())
+        what = f"{entry.rid} {settlement.state}: {counted or 'nothing'}"
+        settled = self.writer.write(close, what)
         if not self._bills_here:
             settled.addCallback(lambda _: self.notify())
         return settled
