@@ -476,7 +476,9 @@ class History:
         )
 
     def _undelivered(self) -> int:
-        (waiting, _) = self.store.connection.execute(journal.BACKLOG).fetchone()
+        (waiting, _) = self.store.connection.execute(
+            journal.BACKLOG, (journal.COUNTED_BACKLOG,)
+        ).fetchone()
         return int(waiting)
 
     def _check(self) -> None:
