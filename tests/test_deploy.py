@@ -16,7 +16,8 @@ from typing import Any
 import dockerfile
 import pytest
 import yaml
-from server_process import free_port, get_status, running
+from ports import free_port
+from server_process import get_status, running
 
 from llmproxy import __version__, config
 from llmproxy.metrics import Metrics

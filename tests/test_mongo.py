@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from mongod import Mongod, ReplicaSet, TLSFiles
+from ports import free_port
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import deferLater
@@ -617,12 +618,12 @@ def test_files_without_certificate_or_key_are_refused(authority, tmp_path: Path)
 @pytest_twisted.ensureDeferred
 async def test_giving_up_in_the_middle_of_connecting_ends() -> None:
     # A refused endpoint takes 0.3 s to say so, and turns a cancellation into an error of its own.
-    await refusal(f"mongodb://127.0.0.1:{mongod.free_port()}", 0.1)
+    await refusal(f"mongodb://127.0.0.1:{free_port()}", 0.1)
 
 
 @pytest_twisted.ensureDeferred
 async def test_an_unreachable_server_is_a_storage_error_with_the_reason() -> None:
-    error = await refusal(f"mongodb://127.0.0.1:{mongod.free_port()}", 1.0)
+    error = await refusal(f"mongodb://127.0.0.1:{free_port()}", 1.0)
     assert isinstance(error, StorageError)
     assert "Connection was refused" in str(error)
 
@@ -935,7 +936,7 @@ async def test_a_direct_connection_to_a_secondary_is_not_redirected(replicas: Re
 
 @pytest_twisted.ensureDeferred
 async def test_a_dead_member_in_the_list_does_not_matter(replicas: ReplicaSet) -> None:
-    hosts = f"127.0.0.1:{mongod.free_port()},{replicas.seeds}"
+    hosts = f"127.0.0.1:{free_port()},{replicas.seeds}"
     async with opened(set_uri(hosts)) as store:
         assert await store.accounts.find(HASH, NOW) is None
 

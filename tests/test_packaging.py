@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from server_process import free_port, get_status, running
+from ports import free_port
+from server_process import get_status, running
 
 from llmproxy import __version__, config
 

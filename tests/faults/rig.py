@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from load import Load, until
-from server_process import free_port, get_status
+from ports import free_port
+from server_process import get_status
 
 from llmproxy.storage.sqlite import connect, prepare
 
