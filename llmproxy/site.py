@@ -33,6 +33,8 @@ from llmproxy.upload import Upload
 
 #: An idle connection is closed after this time.
 IDLE_TIMEOUT_S = 60
+#: How long a client may take what is buffered for it when its connection is to be closed.
+LINGER_S = 15.0
 #: How long the rest of a refused body is waited for.
 DISCARD_S = 2.0
 #: How much of a path that is not served is logged.
@@ -157,8 +159,7 @@ class Request(server.Request):
         if channel is None or self.finished or self._disconnected:
             return
         if linger_s and self.clientproto == b"HTTP/1.1":
-            channel.loseConnection()
-            self._lingering = self.site.clock.callLater(linger_s, channel.forceAbortClient)
+            channel.loseConnection(linger_s)
         else:
             channel.forceAbortClient()
 
@@ -195,6 +196,7 @@ class Channel(HTTPChannel):
 
     site: Site
     _retiring = False
+    _gone = False
 
     def connectionMade(self) -> None:
         """A client came."""
@@ -203,8 +205,22 @@ class Channel(HTTPChannel):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """It went."""
+        self._gone = True
         self.site.connections.discard(self)
         super().connectionLost(reason)
+
+    def loseConnection(self, linger_s: float = LINGER_S) -> None:
+        """Close once all is sent. A client that does not take it within `linger_s` is cut off: it
+        is not read from any more, so nothing else would tell that it has gone."""
+        if self._abortingCall is None and not self._gone:
+            self._abortingCall = self.callLater(linger_s, self.forceAbortClient)
+        super().loseConnection()
+
+    def forceAbortClient(self) -> None:
+        """Cut the client off now."""
+        if self._abortingCall is not None and self._abortingCall.active():
+            self._abortingCall.cancel()
+        super().forceAbortClient()
 
     @property
     def is_idle(self) -> bool:
