@@ -16,6 +16,7 @@ import pytest_twisted
 from backend import DONE, ScriptedBackend, json_answer, sse_answer, sse_event
 from deferreds import failure_of, result_of, started
 from memory import Server, request_bytes
+from memory import request_bytes as memory_request
 from proxy import Answer, ProxyHandle, running_proxy
 from proxy import request_bytes as real_request
 from twisted.internet.error import ConnectionLost
@@ -24,8 +25,8 @@ from twisted.python.failure import Failure
 
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Dialect
-from llmproxy.errors import InvalidKey
-from llmproxy.site import DISCARD_S, IDLE_TIMEOUT_S, Request
+from llmproxy.errors import InvalidKey, NotFound
+from llmproxy.site import DISCARD_S, IDLE_TIMEOUT_S, LINGER_S, Request
 from llmproxy.upload import HIGH_WATER, ClientGone
 
 CHUNKED = b"Transfer-Encoding: chunked"
@@ -517,3 +518,21 @@ async def test_a_refused_request_and_good_ones_share_a_real_connection(tmp_path:
         client.transport.loseConnection()
         await client.closed
         assert proxy.bill() == {"chat/gpu/prompt": 6, "chat/gpu/completion": 4}
+
+
+@pytest.mark.parametrize("takes_it", [True, False])
+def test_a_client_that_does_not_take_its_last_answer_is_cut_off(
+    clock: Clock, takes_it: bool
+) -> None:
+    server = Server(clock)
+    server.wire.stuck = not takes_it
+    server.send(memory_request(b"/", b"", b"Connection: close"))
+    server.requests[0].refuse(Dialect.OPENAI, NotFound("nothing"))
+    clock.advance(0)
+    assert server.wire.connected is not takes_it
+    clock.advance(LINGER_S)
+    clock.advance(0)
+    assert not server.wire.connected
+    assert server.wire.aborted is not takes_it
+    assert server.site.connections == set()
+    assert clock.getDelayedCalls() == []
