@@ -16,7 +16,6 @@ import pytest_twisted
 from backend import DONE, ScriptedBackend, json_answer, sse_answer, sse_event
 from deferreds import failure_of, result_of, started
 from memory import Server, request_bytes
-from memory import request_bytes as memory_request
 from proxy import Answer, ProxyHandle, running_proxy
 from proxy import request_bytes as real_request
 from twisted.internet.error import ConnectionLost
@@ -526,7 +525,7 @@ def test_a_client_that_does_not_take_its_last_answer_is_cut_off(
 ) -> None:
     server = Server(clock)
     server.wire.stuck = not takes_it
-    server.send(memory_request(b"/", b"", b"Connection: close"))
+    server.send(request_bytes(b"/", b"", b"Connection: close"))
     server.requests[0].refuse(Dialect.OPENAI, NotFound("nothing"))
     clock.advance(0)
     assert server.wire.connected is not takes_it
