@@ -13,6 +13,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,7 +162,11 @@ def test_a_file_that_is_locked_for_a_moment_is_waited_for(
     monkeypatch.setattr("llmproxy.storage.sqlite.BUSY_TIMEOUT_S", 0.0)
     with closing(connect(path)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        monkeypatch.setattr(time, "sleep", lambda seconds: other.execute("ROLLBACK"))
+        # The module's own clock: threads of others sleep too.
+        clock = SimpleNamespace(
+            monotonic=time.monotonic, sleep=lambda seconds: other.execute("ROLLBACK")
+        )
+        monkeypatch.setattr("llmproxy.storage.sqlite.time", clock)
         prepare(path)
     assert query(path, "SELECT count(*) FROM ledger") == [(0,)]
 
