@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     may be read-only. Raises SystemExit where twistd does: for wrong options with status 1.
     """
     args = sys.argv[1:] if argv is None else argv
-    sys.argv = ["twistd", "--nodaemon", "--pidfile=", "llmproxy", *args]
+    sys.argv = ["twistd", "--nodaemon", "--pidfile=", "--reactor=llmproxy", "llmproxy", *args]
     twistd.run()
 
 

@@ -12,12 +12,14 @@ never used again. A request is never repeated: once a byte of it was written, it
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
+    IConsumer,
     IDelayedCall,
     IProtocol,
     IReactorTime,
@@ -32,6 +34,9 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from llmproxy.framing import Fields, collected
+from llmproxy.headers import Lines
+
 #: Largest header of an answer.
 MAX_HEADER = 64 * 1024
 #: Idle connections are dropped before the servers do it (uvicorn: 5 s), because a request that
@@ -45,72 +50,138 @@ class BadAnswer(Exception):
     """The backend's answer is not valid HTTP/1.1, or not only an answer."""
 
 
+_WHOLE = Failure(ResponseDone())
+
+
+@implementer(IBodyProducer)
+class BytesBody:
+    """A request body that is in memory. `on_sent` is called once it is written."""
+
+    __slots__ = ("data", "length", "on_sent")
+
+    def __init__(self, data: bytes) -> None:
+        self.length = len(data)
+        self.data = data
+        self.on_sent: Callable[[], None] = _nothing
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Write it in one piece."""
+        consumer.write(self.data)
+        self.on_sent()
+        return succeed(None)
+
+    def pauseProducing(self) -> None:
+        """All is written already."""
+
+    def resumeProducing(self) -> None:
+        """All is written already."""
+
+    def stopProducing(self) -> None:
+        """All is written already."""
+
+
+def _nothing() -> None:
+    """What is called when nobody wants to know."""
+
+
 @implementer(IResponse)
 class Response:
-    """An answer whose header has come. Its body is held up until `deliverBody`."""
+    """An answer whose header has come. Its body is held up until `deliverBody`.
+
+    `fields`: the header's fields by their lower-case name. `length`: not told, as nobody needs it.
+    """
 
     version = (b"HTTP", 1, 1)
     length: Any = UNKNOWN_LENGTH
     request: Any = None
     previousResponse: IResponse | None = None
 
-    def __init__(self, call: Call, code: int, phrase: bytes, headers: Headers) -> None:
+    def __init__(self, connection: Connection, code: int, phrase: bytes, fields: Fields) -> None:
         self.code = code
         self.phrase = phrase
-        self.headers = headers
-        self._call = call
+        self.fields = fields
+        self._connection = connection
+
+    @property
+    def headers(self) -> Headers:
+        """The same as Twisted has it; to build it takes as long as to parse the answer."""
+        return Headers(dict(self.fields))
 
     def deliverBody(self, protocol: IProtocol) -> None:
         """See `IResponse.deliverBody`."""
-        self._call.deliver(protocol)
+        self._connection.deliver(protocol)
 
     def setPreviousResponse(self, response: IResponse) -> None:
         """See `IResponse.setPreviousResponse`."""
         self.previousResponse = response
 
 
-class Call:
-    """One request and its answer, on one connection.
+class Connection(Protocol):
+    """One connection, which asks one thing at a time.
 
-    States: asking (`answer` has not fired); answering (the body waits for its protocol, or goes to
-    it); over (whole, failed or stopped; the protocol was told).
+    States: idle (in the pool); asking (`_answer` waits); answering (the body waits for its
+    protocol, or goes to it); over (`_end` is set: the answer is whole, or broke off).
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self.answer: Deferred[IResponse] = Deferred(self._cancelled)
-        self._connection = connection
-        self._transport: Any = connection.transport  # a TCP or TLS transport and producer
+    def __init__(self, agent: BackendAgent) -> None:
+        self.idle_since = 0.0
+        self._agent = agent
         self._parser = httptools.HttpResponseParser(self)
+        self.wire: Any = None  # a TCP or TLS transport and producer
+        self._busy = False
+        self._closed = False
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing is known of the next answer."""
+        self._answer: Deferred[IResponse] | None = None
+        self.response: Response | None = None
         self._fields: list[tuple[bytes, bytes]] = []
         self._phrase = b""
         self._header_bytes = 0
-        self._response: Response | None = None
-        self._framed = False
-        self._keep = False
+        self._framed = self._keep = False
         self._parts: list[bytes] = []
         self._body: IProtocol | None = None
         self._end: Failure | None = None
         self._sent = False
         self._sending: IBodyProducer | None = None
 
-    # -- the request -----------------------------------------------------------------------
+    def connectionMade(self) -> None:
+        """It is there."""
+        self.wire = self.transport
+        if hasattr(self.wire, "setTcpNoDelay"):
+            self.wire.setTcpNoDelay(True)
 
-    def send(self, head: bytes, body: IBodyProducer | None) -> None:
-        """Write the request."""
-        self._transport.write(head)
+    # -- the request -------------------------------------------------------------------------
+
+    def ask(self, head: bytes, body: IBodyProducer | None) -> Deferred[IResponse]:
+        """Send a request; fires with its answer. Cancel it to close the connection."""
+        self._busy = True
+        answer: Deferred[IResponse] = Deferred(self._cancelled)
+        self._answer = answer
         if body is None:
             self._sent = True
-            return
-        consumer = Chunks(self._transport) if body.length is UNKNOWN_LENGTH else self._transport
-        self._sending = body
-        self._transport.registerProducer(body, True)
-        sending = body.startProducing(consumer)
-        sending.addCallbacks(self._was_sent, self._was_not_sent, callbackArgs=(consumer,))
+            self.wire.write(head)
+        elif isinstance(body, BytesBody):  # one piece, and nothing to wait for
+            self._sent = True
+            self.wire.write(head + body.data)
+            body.on_sent()
+        else:
+            self.wire.write(head)
+            self._send(body)
+        return answer
 
-    def _was_sent(self, _: object, consumer: object) -> None:
-        if self._sending is not None:
+    def _send(self, body: IBodyProducer) -> None:
+        consumer = Chunks(self.wire) if body.length is UNKNOWN_LENGTH else self.wire
+        self._sending = body
+        self.wire.registerProducer(body, True)
+        sending = body.startProducing(consumer)
+        sending.addCallbacks(self._was_sent, self._was_not_sent, callbackArgs=(body, consumer))
+
+    def _was_sent(self, _: object, body: IBodyProducer, consumer: object) -> None:
+        if self._sending is body:
             self._sending = None
-            self._transport.unregisterProducer()
+            self.wire.unregisterProducer()
             if isinstance(consumer, Chunks):
                 consumer.finish()
             self._sent = True
@@ -123,17 +194,17 @@ class Call:
     def _send_no_more(self) -> None:
         sending, self._sending = self._sending, None
         if sending is not None:
-            self._transport.unregisterProducer()
+            self.wire.unregisterProducer()
             sending.stopProducing()
 
     def _cancelled(self, _: Deferred[IResponse]) -> None:
         self._break(Failure(CancelledError()))
 
-    # -- the answer, as llhttp tells it ----------------------------------------------------
+    # -- the answer, as llhttp tells it ------------------------------------------------------
 
     def on_message_begin(self) -> None:
         """A status line begins."""
-        if self._end is not None:
+        if self._end is not None or not self._busy:
             raise BadAnswer("bytes after the end of the answer")
 
     def on_status(self, phrase: bytes) -> None:
@@ -148,13 +219,10 @@ class Call:
         """The header is complete; that of an interim answer (1xx) is of no interest."""
         code = self._parser.get_status_code()
         if code >= 200:
-            headers = Headers()
-            for name, value in self._fields:
-                headers.addRawHeader(name, value)
-            has = headers.hasHeader
-            self._framed = has(b"Content-Length") or has(b"Transfer-Encoding")
+            fields = collected(self._fields)
+            self._framed = b"content-length" in fields or b"transfer-encoding" in fields
             self._keep = self._parser.should_keep_alive()
-            self._response = Response(self, code, self._phrase, headers)
+            self.response = Response(self, code, self._phrase, fields)
         self._fields, self._phrase = [], b""
 
     def on_body(self, data: bytes) -> None:
@@ -163,99 +231,139 @@ class Call:
 
     def on_message_complete(self) -> None:
         """The answer is whole."""
-        if self._response is not None:
-            self._end = Failure(ResponseDone())
+        if self.response is not None:
+            self._end = _WHOLE
 
-    # -- the answer, as it goes on ---------------------------------------------------------
+    # -- the answer, as it goes on -----------------------------------------------------------
 
-    def received(self, data: bytes) -> None:
-        """Bytes from the backend."""
-        if self._end is not None:
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes of an answer, or of a server that speaks unasked."""
+        if not self._busy:
+            self._agent.forget(self)
+            self.abort()
+        elif self._end is not None:
             self._break(Failure(BadAnswer("bytes after the end of the answer")))
-            return
-        is_header = self._response is None
-        if is_header:
-            self._header_bytes += len(data)
+        elif self.response is None:
+            self._head_goes_on(data)
+        else:
+            self._feed(data)
+            self._hand_over()
+
+    def _feed(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-            if self._response is None and self._header_bytes > MAX_HEADER:
-                raise BadAnswer("the header is too large")
         except Exception as error:  # llhttp's, and those of the callbacks above
             self._break(Failure(BadAnswer(str(error))))
-        if is_header and self._response is not None:
-            if self._end is None:
-                self._transport.pauseProducing()  # until somebody wants the body
-            self.answer.callback(self._response)
-        self._hand_over()
 
-    def lost(self, reason: Failure) -> None:
-        """The connection has ended, and with it a body that has no other end."""
-        if self._response is not None and not self._framed and self._end is None:
+    def _head_goes_on(self, data: bytes) -> None:
+        self._header_bytes += len(data)
+        self._feed(data)
+        response = self.response
+        if response is None:
+            if self._header_bytes > MAX_HEADER and self._end is None:
+                self._break(Failure(BadAnswer("the header is too large")))
+            return
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.callback(response)
+        waits = self.response is response and self._body is None and self._end is None
+        if waits and not self._closed:
+            self.wire.pauseProducing()  # until somebody wants the body
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """It has ended, and with it a body that has no other end."""
+        self._closed = True
+        self._agent.forget(self)
+        if not self._busy or self._end is not None:
+            return
+        if self.response is not None and not self._framed:
             self._end = Failure(PotentialDataLoss())
             self._hand_over()
-        elif self._end is None:
+        else:
             self._break(reason)
 
     def deliver(self, protocol: IProtocol) -> None:
         """Hand the body to `protocol` as it comes."""
         self._body = protocol
-        protocol.makeConnection(cast(Any, BodyTransport(self, self._transport)))
+        protocol.makeConnection(cast(Any, BodyTransport(self)))
         if self._end is None:
-            self._transport.resumeProducing()
+            self.wire.resumeProducing()
         self._hand_over()
 
     def _hand_over(self) -> None:
-        if self._body is None:
+        body = self._body
+        if body is None:
             return
-        parts, self._parts = self._parts, []
-        if parts:
-            self._body.dataReceived(parts[0] if len(parts) == 1 else b"".join(parts))
+        if self._parts:
+            parts, self._parts = self._parts, []
+            body.dataReceived(parts[0] if len(parts) == 1 else b"".join(parts))
         if self._end is not None and self._body is not None:
-            self._send_no_more()
-            body, self._body = self._body, None
-            # An answer that came before all was sent leaves a connection that can't be told apart.
-            whole = self._end.check(ResponseDone) is not None
-            self._connection.release(whole and self._sent and self._keep and self._framed)
-            body.connectionLost(self._end)
+            self._finish(body, self._end)
 
-    def stop(self) -> None:
-        """Nobody wants the rest of the answer."""
-        self._break(Failure(ConnectionDone()))
+    def _finish(self, body: IProtocol, end: Failure) -> None:
+        self._send_no_more()
+        # An answer that came before all was sent leaves a connection that can't be told apart.
+        reusable = end is _WHOLE and self._sent and self._keep and self._framed
+        self._body = None
+        if reusable and not self._closed:
+            self._busy = False
+            self._reset()
+            self.wire.resumeProducing()  # a slow client may have held it up
+            self._agent.put_back(self)
+        else:
+            self.abort()
+        body.connectionLost(end)
 
     def _break(self, reason: Failure) -> None:
         """This can't come to a good end: close, and tell whoever waits, once."""
         self._keep = False
         self._send_no_more()
-        self._connection.abort()
+        self.abort()
         if self._end is not None:
             return
         self._end = Failure(ResponseFailed([reason]))
-        if self._response is None:
-            self.answer.errback(Failure(ResponseNeverReceived([reason])))
+        if self.response is None and self._answer is not None:
+            answer, self._answer = self._answer, None
+            answer.errback(Failure(ResponseNeverReceived([reason])))
         else:
             self._hand_over()
 
+    def stop(self) -> None:
+        """Nobody wants the rest of the answer."""
+        self._break(Failure(ConnectionDone()))
+
+    def abort(self) -> None:
+        """Close it, whatever is under way."""
+        if self.wire is not None:
+            self.wire.abortConnection()
+
 
 class BodyTransport:
-    """What a body's protocol may do to the connection, as in `twisted.web`."""
+    """What a body's protocol may do to the connection, as in `twisted.web`; nothing once the body
+    has ended, as the connection may serve another one by then."""
+
+    __slots__ = ("_connection", "_response")
 
     disconnecting = False
 
-    def __init__(self, call: Call, transport: Any) -> None:
-        self._call = call
-        self._transport = transport
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._response = connection.response
 
     def pauseProducing(self) -> None:
         """Hold the backend up."""
-        self._transport.pauseProducing()
+        if self._connection.response is self._response:
+            self._connection.wire.pauseProducing()
 
     def resumeProducing(self) -> None:
         """Go on."""
-        self._transport.resumeProducing()
+        if self._connection.response is self._response:
+            self._connection.wire.resumeProducing()
 
     def stopProducing(self) -> None:
         """Close the connection."""
-        self._call.stop()
+        if self._connection.response is self._response:
+            self._connection.stop()
 
     loseConnection = stopProducing
 
@@ -276,49 +384,6 @@ class Chunks:
         self._transport.write(b"0\r\n\r\n")
 
 
-class Connection(Protocol):
-    """One connection: idle in the pool, or serving its call."""
-
-    def __init__(self, agent: BackendAgent) -> None:
-        self.idle_since = 0.0
-        self._agent = agent
-        self._call: Call | None = None
-
-    def ask(self, head: bytes, body: IBodyProducer | None) -> Deferred[IResponse]:
-        """Send a request; fires with its answer. Cancel it to close the connection."""
-        self._call = call = Call(self)
-        call.send(head, body)
-        return call.answer
-
-    def release(self, reusable: bool) -> None:
-        """The call is over, and leaves a connection that can serve again, or can't."""
-        if reusable:
-            self._call = None
-            cast(Any, self.transport).resumeProducing()  # a slow client may have held it up
-            self._agent.put_back(self)
-        else:
-            self.abort()
-
-    def abort(self) -> None:
-        """Close it, whatever is under way."""
-        if self.transport is not None:
-            cast(ITCPTransport, self.transport).abortConnection()
-
-    def dataReceived(self, data: bytes) -> None:
-        """Bytes of an answer, or of a server that speaks unasked."""
-        if self._call is None:
-            self._agent.forget(self)
-            self.abort()
-        else:
-            self._call.received(data)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """It has ended."""
-        self._agent.forget(self)
-        if self._call is not None:
-            self._call.lost(reason)
-
-
 @implementer(IAgent)
 class BackendAgent:
     """Requests to one backend.
@@ -328,7 +393,7 @@ class BackendAgent:
 
     def __init__(self, origin: bytes, endpoint: IStreamClientEndpoint, clock: IReactorTime) -> None:
         self._origin = origin
-        self._host = origin.partition(b"://")[2]
+        self._starts: dict[tuple[bytes, bytes], bytes] = {}
         self._endpoint = endpoint
         self._clock = clock
         self._factory = Factory.forProtocol(lambda: Connection(self))
@@ -358,19 +423,29 @@ class BackendAgent:
     def _head(
         self, method: bytes, uri: bytes, headers: Headers | None, body: IBodyProducer | None
     ) -> bytes:
-        lines = [b"%b %b HTTP/1.1\r\nHost: %b" % (method, self._target(uri), self._host)]
-        if body is not None:
-            unknown = body.length is UNKNOWN_LENGTH
-            framing = b"Transfer-Encoding: chunked" if unknown else b"Content-Length: %d"
-            lines.append(framing if unknown else framing % body.length)
-        for name, values in (headers or Headers()).getAllRawHeaders():
-            lines.extend(b"%b: %b" % (name, value) for value in values)
-        return b"\r\n".join((*lines, b"", b""))
+        start = self._starts.get((method, uri)) or self._start(method, uri)
+        if isinstance(headers, Lines):
+            lines = headers.lines
+        else:
+            sent = (headers or Headers()).getAllRawHeaders()
+            lines = b"".join(b"\r\n%b: %b" % (name, value) for name, all in sent for value in all)
+        if body is None:
+            return b"%b%b\r\n\r\n" % (start, lines)
+        if body.length is UNKNOWN_LENGTH:
+            return b"%b\r\nTransfer-Encoding: chunked%b\r\n\r\n" % (start, lines)
+        return b"%b\r\nContent-Length: %d%b\r\n\r\n" % (start, body.length, lines)
 
-    def _target(self, uri: bytes) -> bytes:
+    def _start(self, method: bytes, uri: bytes) -> bytes:
+        """The first line and the Host; the same for all requests to this place."""
         if not uri.startswith(self._origin):
             raise ValueError("a request to another backend")
-        return uri[len(self._origin) :] or b"/"
+        host = self._origin.partition(b"://")[2]
+        target = uri[len(self._origin) :] or b"/"
+        if target[:1] != b"/":
+            raise ValueError("a request to another backend")
+        start = b"%b %b HTTP/1.1\r\nHost: %b" % (method, target, host)
+        self._starts[method, uri] = start
+        return start
 
     # -- the pool --------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
-from twisted.python.failure import Failure
 from zope.interface import implementer
 
 if TYPE_CHECKING:
@@ -32,52 +31,57 @@ class Downstream:
     `patience_s`, counts as gone.
     """
 
+    __slots__ = (
+        "_clock",
+        "_impatience",
+        "_on_gone",
+        "_over",
+        "_patience_s",
+        "_producer",
+        "_request",
+        "gone",
+        "started",
+    )
+
     def __init__(self, request: Request, clock: IReactorTime, patience_s: float) -> None:
-        self.gone = False
+        self.gone = request.lost
         self.started = False
-        self._over = False
+        self._over = request.lost
         self._request = request
         self._clock = clock
         self._patience_s = patience_s
         self._impatience: IDelayedCall | None = None
         self._producer: Producer | None = None
-        self._on_gone: Callable[[], None] = lambda: None
-        # Now: asked for later, it may never fire.
-        request.notifyFinish().addErrback(self._lost)
+        self._on_gone: Callable[[], None] | None = None
+        request.when_lost(self._lost)
 
-    def when_gone(self, act: Callable[[], None]) -> None:
+    def when_gone(self, act: Callable[[], None] | None) -> None:
         """Call `act` when the client has gone; at once if it has."""
         self._on_gone = act
-        if self.gone:
+        if self.gone and act is not None:
             act()
 
     def start(self, status: int, fields: Iterable[tuple[bytes, bytes]]) -> None:
         """Send the header of an answer whose length is not known."""
         self.started = True
-        if self.gone or self._over:
-            return
-        self._request.setResponseCode(status)
-        for name, value in fields:
-            self._request.setHeader(name, value)
-        self._request.write(b"")
+        if not self._over:
+            self._request.start(status, fields)
 
     def write(self, data: bytes) -> None:
         """Send a part of the body."""
-        if data and not self.gone and not self._over:
+        if not self._over:
             self._request.write(data)
 
     def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer."""
-        if self.gone or self._over:
-            return
-        self._request.setHeader(b"Content-Length", b"%d" % len(body))
-        self.start(status, fields)
-        self.write(body)
-        self.finish()
+        if not self._over:
+            self.started = self._over = True
+            self.detach()
+            self._request.answer(status, fields, body)
 
     def finish(self) -> None:
         """End the answer, whole."""
-        if not self.gone and not self._over:
+        if not self._over:
             self._over = True
             self.detach()
             self._request.end()
@@ -88,24 +92,23 @@ class Downstream:
         What was written is still sent, unless the client could take the connection's end for the
         answer's (HTTP/1.0).
         """
-        if self.gone or self._over:
-            return
-        self._over = True
-        self.detach()
-        self._request.cut(LINGER_S)
+        if not self._over:
+            self._over = True
+            self.detach()
+            self._request.cut(LINGER_S)
 
     def attach(self, producer: Producer) -> None:
         """Let the client's speed govern `producer`."""
-        if not self.gone and not self._over:
+        if not self._over:
             self._producer = producer
-            self._request.registerProducer(self, True)
+            self._request.attach(self)
 
     def detach(self) -> None:
         """The producer has nothing more."""
         self._be_patient()
-        if self._producer is not None and not self.gone:
-            self._request.unregisterProducer()
-        self._producer = None
+        if self._producer is not None:
+            self._request.detach()
+            self._producer = None
 
     def pauseProducing(self) -> None:
         """The client is slower than the backend."""
@@ -132,7 +135,8 @@ class Downstream:
         self._impatience = None
         self._request.cut(0)
 
-    def _lost(self, _: Failure) -> None:
+    def _lost(self) -> None:
         self._be_patient()
-        self.gone = True
-        self._on_gone()
+        self.gone = self._over = True
+        if self._on_gone is not None:
+            self._on_gone()

@@ -94,6 +94,12 @@ class TargetTooLong(ProxyError):
     status, code = 414, "uri_too_long"
 
 
+class ExpectationFailed(ProxyError):
+    """An expectation other than `100-continue` (RFC 9110 section 10.1.1)."""
+
+    status, code = 417, "expectation_failed"
+
+
 class HeaderTooLarge(ProxyError):
     """The request's header is over the limit (RFC 6585 section 5)."""
 

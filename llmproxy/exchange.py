@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
-from twisted.web.http_headers import Headers
 
 from llmproxy import audio, dialects, headers, rewrite
+from llmproxy.agent import BytesBody
 from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
 from llmproxy.backends import Backends
@@ -25,7 +25,7 @@ from llmproxy.billing import settlement
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Config
 from llmproxy.downstream import Downstream
-from llmproxy.endpoints import Body, Endpoint
+from llmproxy.endpoints import Body, Dialect, Endpoint
 from llmproxy.errors import (
     CLIENT_GONE,
     BackendTimeout,
@@ -36,12 +36,13 @@ from llmproxy.errors import (
 )
 from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
+from llmproxy.framing import Fields
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import Metrics
 from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.storage import ILedger
 from llmproxy.upload import ClientGone
-from llmproxy.upstream import BytesBody, NotSent
+from llmproxy.upstream import NotSent
 
 if TYPE_CHECKING:
     from llmproxy.site import Request
@@ -120,27 +121,25 @@ class Exchange:
     # -- authenticate, admit ---------------------------------------------------------------
 
     async def _authenticate(self) -> Account:
-        sent = self._request.requestHeaders
-        key = key_of(
-            sent.getRawHeaders(b"Authorization", []),
-            sent.getRawHeaders(b"X-Api-Key", []),
-            self._endpoint.dialect,
-        )
+        key = key_sent(self._request, self._endpoint.dialect)
         return await self._services.authenticator.authenticate(key)
 
     async def _admit(self) -> Order:
-        sent = self._request.requestHeaders
-        if sent.hasHeader(b"Content-Encoding"):
+        sent = self._request.fields
+        if b"content-encoding" in sent:
             raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
         if self._endpoint.body is Body.MULTIPART:
             return await self._admit_form(sent)
         return await self._admit_json(sent)
 
-    async def _admit_json(self, sent: Headers) -> Order:
+    async def _admit_json(self, sent: Fields) -> Order:
         if headers.media_type(sent) != b"application/json":
             raise UnsupportedMediaType("Content-Type must be application/json.")
         config, endpoint = self._services.config, self._endpoint
-        raw = await self._request.upload.read(config.max_json_body, config.timeout_read)
+        upload = self._request.upload
+        raw = upload.at_once(config.max_json_body)
+        if raw is None:
+            raw = await upload.read(config.max_json_body, config.timeout_read)
         request = rewrite.plan(endpoint, raw)
         self._model = request.model
         route = self._services.backends.find(request.model)
@@ -165,9 +164,9 @@ class Exchange:
             meter=meter,
         )
 
-    async def _admit_form(self, sent: Headers) -> Order:
+    async def _admit_form(self, sent: Fields) -> Order:
         config = self._services.config
-        boundary = audio.boundary_of((sent.getRawHeaders(b"Content-Type") or [b""])[0])
+        boundary = audio.boundary_of(sent.get(b"content-type", [b""])[0])
         self._request.upload.refuse_over(config.client_max_size)
         form = Form(
             self._request.upload,
@@ -313,6 +312,12 @@ class Exchange:
             duration_ms=_ms(self._services.monotonic() - self._began),
             ttft_ms=None if self._first_token_s is None else _ms(self._first_token_s),
         )
+
+
+def key_sent(request: Request, dialect: Dialect) -> bytes:
+    """The key that a request carries. Raises InvalidKey."""
+    sent = request.fields
+    return key_of(sent.get(b"authorization", ()), sent.get(b"x-api-key", ()), dialect)
 
 
 def _error_type(ending: Ending) -> str:

@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IProtocol, IReactorTime
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IResponse
 
 from llmproxy import headers
+from llmproxy.agent import Response
 from llmproxy.answers import Answer, refusal
 from llmproxy.backends import Route
 from llmproxy.billing import NOTHING
@@ -87,6 +88,25 @@ class Timing:
 class Forward:
     """States: sending; reading; over. The client may leave, and `stop` may come, in any of them."""
 
+    __slots__ = (
+        "_clock",
+        "_down",
+        "_drain_until",
+        "_on_chunk",
+        "_order",
+        "_parts",
+        "_reader",
+        "_sending",
+        "_sent",
+        "_size",
+        "_status",
+        "_stopped",
+        "_timed_out",
+        "_timers",
+        "_timing",
+        "_too_much",
+    )
+
     log = Logger()
 
     def __init__(
@@ -102,7 +122,7 @@ class Forward:
         self._clock = clock
         self._timing = timing
         self._on_chunk = on_chunk
-        self._sending: Deferred[IResponse] | None = None
+        self._sending: Deferred[Response] | None = None
         self._reader: BodyReader | None = None
         self._status: int | None = None
         self._stopped = False
@@ -154,7 +174,7 @@ class Forward:
 
     # -- sending ---------------------------------------------------------------------------
 
-    async def _send(self) -> IResponse:
+    async def _send(self) -> Response:
         """The header of the backend's answer. Raises BackendError, ProxyError, ClientGone."""
         order = self._order
         order.body.on_sent = self._was_sent
@@ -189,12 +209,12 @@ class Forward:
 
     # -- reading ---------------------------------------------------------------------------
 
-    async def _answered(self, response: IResponse) -> Ending:
+    async def _answered(self, response: Response) -> Ending:
         self._sent = True
         self._status = response.code
         if response.code != 200:
             return await self._refused(response)
-        kind = headers.media_type(response.headers)
+        kind = headers.media_type(response.fields)
         if kind == b"text/event-stream" and self._order.meter is not None:
             return await self._stream(response, self._order.meter)
         if kind == b"application/json" or kind.endswith(b"+json"):
@@ -202,23 +222,24 @@ class Forward:
         drop(response)
         raise BackendError("The model's server failed to answer.")
 
-    async def _read(self, response: IResponse, sink: Callable[[bytes], None]) -> BodyEnd:
-        self._reader = BodyReader(sink, self._clock, self._timing.silence_s)
-        response.deliverBody(self._reader)
+    def _read(self, response: Response, sink: Callable[[bytes], None]) -> BodyReader:
+        """Begin to read the body; `ended` of the reader tells how that went."""
+        self._reader = reader = BodyReader(sink, self._clock, self._timing.silence_s)
+        response.deliverBody(cast(IProtocol, reader))
         if self._stopped:
-            self._reader.stop()
-        return await self._reader.ended
+            reader.stop()
+        return reader
 
-    async def _refused(self, response: IResponse) -> Ending:
-        end = await self._read(response, self._collect_up_to(MAX_REFUSAL))
+    async def _refused(self, response: Response) -> Ending:
+        end = await self._read(response, self._collect_up_to(MAX_REFUSAL)).ended
         body = b"".join(self._parts) if end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED) else b""
-        last = refusal(response.code, body, headers.for_client(response.headers))
+        last = refusal(response.code, body, headers.for_client(response.fields))
         # 2xx may have been a result that we can't read; anything else is none.
         reading = Reading() if response.code < 300 else NOTHING
         return Ending(Outcome.REFUSED, reading, last, response.code)
 
-    async def _whole(self, response: IResponse) -> Ending:
-        end = await self._read(response, self._collect_up_to(MAX_ANSWER))
+    async def _whole(self, response: Response) -> Ending:
+        end = await self._read(response, self._collect_up_to(MAX_ANSWER)).ended
         if self._too_much:
             return self._ending(Outcome.BACKEND_FAILED, Reading(), _BROKEN)
         if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
@@ -227,7 +248,7 @@ class Forward:
         reading = self._order.read(body)
         if end is BodyEnd.UNFRAMED and not reading.answered:  # closed in the middle
             return self._ending(Outcome.TRUNCATED, reading, _BROKEN)
-        answer = Answer(200, body, headers.for_client(response.headers))
+        answer = Answer(200, body, headers.for_client(response.fields))
         if self._order.convert is not None:
             try:
                 answer = self._order.convert(body)
@@ -246,14 +267,13 @@ class Forward:
 
         return collect
 
-    async def _stream(self, response: IResponse, meter: StreamMeter) -> Ending:
-        self._down.start(200, [*headers.for_client(response.headers), *STREAM_FIELDS])
+    async def _stream(self, response: Response, meter: StreamMeter) -> Ending:
+        self._down.start(200, [*headers.for_client(response.fields), *STREAM_FIELDS])
         self._keep_alive(meter)
-        reading = self._read(response, self._passing_on(meter))
-        pending = Deferred.fromCoroutine(reading)
-        if self._reader is not None and not pending.called:
-            self._down.attach(self._reader)
-        end = await pending
+        reader = self._read(response, self._passing_on(meter))
+        if not reader.ended.called:
+            self._down.attach(reader)
+        end = await reader.ended
         self._down.detach()
         return self._stream_ending(end, meter)
 
@@ -323,9 +343,10 @@ class Forward:
 
     def _over(self) -> None:
         self._order.body.stopProducing()  # the answer may have come before all was sent
-        self._down.when_gone(lambda: None)
-        for name in list(self._timers):
-            self._cancel(name)
+        self._down.when_gone(None)
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
 
 
 def _no_result(reading: Reading) -> Reading:

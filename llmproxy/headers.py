@@ -6,7 +6,12 @@ proxy added, and the body's framing and coding are therefore never copied.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from twisted.web.http_headers import Headers
+
+from llmproxy.framing import Fields
 
 #: Fields of the client that a backend may see.
 TO_BACKEND = (
@@ -20,31 +25,47 @@ TO_BACKEND = (
 #: Fields of a backend that a client may see.
 TO_CLIENT = (b"Content-Type", b"Content-Language", b"Retry-After", b"Openai-Processing-Ms")
 
+_TO_BACKEND = [(name.lower(), name) for name in TO_BACKEND]
+_TO_CLIENT = [(name.lower(), name) for name in TO_CLIENT]
 
-def for_backend(client: Headers, content_type: bytes, token: str | None) -> Headers:
+
+class Lines(Headers):
+    """Fields as they are sent, each after a line's end: for those who only write them down.
+
+    Twisted's `Headers` take apart, look up and put together again what is a line before and after.
+    """
+
+    def __init__(self, lines: bytes) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def getAllRawHeaders(self) -> Iterator[tuple[bytes, Any]]:
+        """See `Headers.getAllRawHeaders`."""
+        for line in self.lines.split(b"\r\n")[1:]:
+            name, _, value = line.partition(b": ")
+            yield name, [value]
+
+    def __repr__(self) -> str:
+        return "<Lines>"  # they hold the backend's key
+
+
+def for_backend(client: Fields, content_type: bytes, token: str | None) -> Lines:
     """The header of a request to a backend, with the backend's own credentials."""
-    headers = _copied(client, TO_BACKEND)
-    headers.setRawHeaders(b"Content-Type", [content_type])
+    lines = [b"\r\nContent-Type: ", content_type]
     if token is not None:
-        headers.setRawHeaders(b"Authorization", [b"Bearer " + token.encode()])
-    return headers
+        lines += (b"\r\nAuthorization: Bearer ", token.encode())
+    for key, name in _TO_BACKEND:
+        if key in client:
+            lines += (b"\r\n", name, b": ", client[key][0])
+    return Lines(b"".join(lines))
 
 
-def for_client(backend: Headers) -> list[tuple[bytes, bytes]]:
+def for_client(backend: Fields) -> list[tuple[bytes, bytes]]:
     """The fields of a backend's answer that go on to the client."""
-    return [(n, v) for n, values in _copied(backend, TO_CLIENT).getAllRawHeaders() for v in values]
+    return [(name, backend[key][0]) for key, name in _TO_CLIENT if key in backend]
 
 
-def _copied(source: Headers, names: tuple[bytes, ...]) -> Headers:
-    copied = Headers()
-    for name in names:
-        values = source.getRawHeaders(name)
-        if values:
-            copied.setRawHeaders(name, values[:1])
-    return copied
-
-
-def media_type(headers: Headers) -> bytes:
+def media_type(fields: Fields) -> bytes:
     """The media type without parameters, in lower case; empty if there is none."""
-    values = headers.getRawHeaders(b"Content-Type") or [b""]
-    return values[0].partition(b";")[0].strip().lower()
+    values = fields.get(b"content-type")
+    return values[0].partition(b";")[0].strip().lower() if values else b""

@@ -11,7 +11,7 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort, IReactorTime
+from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -29,6 +29,7 @@ from llmproxy.metrics import Metrics
 from llmproxy.resource import make_root
 from llmproxy.site import Site
 from llmproxy.stores import Stores
+from llmproxy.timeouts import Timeouts
 from llmproxy.upstream import connect
 
 log = Logger()
@@ -64,6 +65,7 @@ class Proxy(logs.LoggingService):
             lambda backend: connect(backend, reactor, self.config.timeout_connect)
         )
         self.started: Deferred[None] = Deferred()
+        self._timeouts = Timeouts(reactor)
         self._services: Services | None = None
         self._site: Site | None = None
         self._cut = False
@@ -102,7 +104,7 @@ class Proxy(logs.LoggingService):
         self._announce()
 
     def _make_services(self) -> Services:
-        clock: IReactorTime = self._reactor
+        clock = self._timeouts
         return Services(
             config=self.config,
             clock=clock,
@@ -115,7 +117,7 @@ class Proxy(logs.LoggingService):
             ),
             backends=self.backends,
             ledger=self.stores.ledger,
-            checkpoints=Checkpoints(self.stores.ledger, clock),
+            checkpoints=Checkpoints(self.stores.ledger, self._reactor),
             metrics=self.metrics,
         )
 
@@ -126,7 +128,7 @@ class Proxy(logs.LoggingService):
             self.admin_ports.append(await self._open_port(text, AdminSite(admin, self._reactor)))
         self._site = Site(
             make_root(services, int(time.time())),
-            self._reactor,
+            self._timeouts,
             metrics=self.metrics,
             monotonic=time.monotonic,
             origin=self.config.http_origin,
@@ -222,6 +224,7 @@ class Proxy(logs.LoggingService):
         await self._stop_children()
         self.backends.close()
         await self.stores.close()
+        self._timeouts.close()
         log.info("stopped")
 
     async def _drain(self, services: Services, deadline_s: float) -> None:
@@ -234,12 +237,12 @@ class Proxy(logs.LoggingService):
     async def _disconnect(self, site: Site) -> None:
         """Close the clients' connections; what was written is sent if they take it in time."""
         for channel in list(site.connections):
-            channel.loseConnection()
+            channel.close()
         until = time.monotonic() + FLUSH_S
         while site.connections and time.monotonic() < until:
             await deferLater(self._reactor, DRAIN_STEP_S)
         for channel in list(site.connections):
-            channel.forceAbortClient()
+            channel.abort()
 
     async def _stop_children(self) -> None:
         stopping = super().stopService()

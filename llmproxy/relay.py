@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from typing import Any
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
-from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
@@ -23,19 +24,29 @@ class BodyEnd(enum.Enum):
     STOPPED = "stopped"  # by us
 
 
-class BodyReader(Protocol):
-    """Hands a backend's body to `sink`, piece by piece; `ended` fires exactly once.
+class BodyReader:
+    """An `IProtocol`. Hands a backend's body to `sink`, piece by piece; `ended` fires exactly once.
 
     States: reading; paused (by the client's slowness, when the silence is not the backend's
     fault); over.
     """
 
-    transport: IPushProducer | None  # type: ignore[assignment]  # what a body's protocol gets
+    __slots__ = (
+        "_at_silence",
+        "_clock",
+        "_over",
+        "_silence_s",
+        "_sink",
+        "_timer",
+        "ended",
+        "transport",
+    )
 
     def __init__(
         self, sink: Callable[[bytes], None], clock: IReactorTime, silence_s: float
     ) -> None:
         self.ended: Deferred[BodyEnd] = Deferred()
+        self.transport: IPushProducer | None = None
         self._sink = sink
         self._clock = clock
         self._silence_s = silence_s
@@ -43,8 +54,9 @@ class BodyReader(Protocol):
         self._at_silence = BodyEnd.STALLED
         self._over = False
 
-    def connectionMade(self) -> None:
+    def makeConnection(self, transport: Any) -> None:
         """The body begins."""
+        self.transport = transport
         self._listen()
 
     def dataReceived(self, data: bytes) -> None:
@@ -76,7 +88,8 @@ class BodyReader(Protocol):
         self._silence_s = seconds
         self._at_silence = BodyEnd.WHOLE
         if self._timer is not None:
-            self._timer.reset(seconds)
+            self._cancel_timer()
+            self._listen()
 
     def pauseProducing(self) -> None:
         """Hold the backend up."""

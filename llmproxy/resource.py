@@ -12,19 +12,18 @@ from typing import cast
 from urllib.parse import unquote_to_bytes
 
 import orjson
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import NOT_DONE_YET
 
-from llmproxy.auth import key_of
 from llmproxy.config import Backend
 from llmproxy.dialects import error_answer
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import ENDPOINTS, Dialect, Endpoint
 from llmproxy.errors import MethodNotAllowed, ModelNotFound, NotFound, ProxyError
-from llmproxy.exchange import Exchange, Services
+from llmproxy.exchange import Exchange, Services, key_sent
 from llmproxy.site import Request
+from llmproxy.story import begin
 
 MODELS = b"/v1/models"
 ALLOWED_HEADERS = (
@@ -42,6 +41,8 @@ class PathResource(Resource):
 
     dialect = Dialect.OPENAI
     methods: tuple[bytes, ...] = ()
+    #: It stands at one path of the tree, and is the same for all requests.
+    is_fixed = False
 
     def getChild(self, name: bytes, request: Request) -> Resource:
         """Anything that is not in the tree."""
@@ -67,19 +68,21 @@ class PathResource(Resource):
 
     def _preflight(self, request: Request) -> None:
         """The answer to a CORS preflight (Fetch standard, section 3.2.2)."""
-        request.setResponseCode(204)
         methods = b", ".join((*self.methods, b"OPTIONS"))
-        request.setHeader(b"Allow", methods)
-        request.setHeader(b"Access-Control-Allow-Methods", methods)
-        request.setHeader(b"Access-Control-Allow-Headers", ALLOWED_HEADERS)
-        request.setHeader(b"Access-Control-Max-Age", b"86400")
-        request.end()
+        fields = [
+            (b"Allow", methods),
+            (b"Access-Control-Allow-Methods", methods),
+            (b"Access-Control-Allow-Headers", ALLOWED_HEADERS),
+            (b"Access-Control-Max-Age", b"86400"),
+        ]
+        request.answer(204, fields, b"")
 
 
 class ExchangeResource(PathResource):
     """The proxy: each request is an `Exchange`."""
 
     methods = (b"POST",)
+    is_fixed = True
 
     def __init__(self, endpoint: Endpoint, services: Services) -> None:
         super().__init__()
@@ -89,8 +92,7 @@ class ExchangeResource(PathResource):
 
     def answer(self, request: Request) -> None:
         """Begin the exchange. It looks after itself, and never fails."""
-        exchange = Exchange(self._endpoint, request, self._services)
-        _own(Deferred.fromCoroutine(exchange.run()))
+        begin(Exchange(self._endpoint, request, self._services).run())
 
 
 class ModelsResource(PathResource):
@@ -106,17 +108,12 @@ class ModelsResource(PathResource):
 
     def answer(self, request: Request) -> None:
         """List the models, or describe one."""
-        _own(Deferred.fromCoroutine(self._answer(request)))
+        begin(self._answer(request))
 
     async def _answer(self, request: Request) -> None:
         down = Downstream(request, self._services.clock, self._services.config.timeout_read)
         try:
-            sent = request.requestHeaders
-            key = key_of(
-                sent.getRawHeaders(b"Authorization", []),
-                sent.getRawHeaders(b"X-Api-Key", []),
-                Dialect.ANTHROPIC,
-            )
+            key = key_sent(request, Dialect.ANTHROPIC)
             await self._services.authenticator.authenticate(key)
             body = self._described(request.path)
         except ProxyError as error:
@@ -173,8 +170,3 @@ def _put(root: Resource, path: str, resource: PathResource) -> None:
     if old is not None:
         resource.children = cast(Resource, old).children
     node.putChild(name.encode(), resource)
-
-
-def _own(running: Deferred[None]) -> None:
-    """A request that fails in a way that nobody thought of must not do so in silence."""
-    running.addErrback(lambda failure: log.failure("request failed", failure))

@@ -20,6 +20,7 @@ from twisted.python import usage
 from llmproxy import __version__, config, logs
 from llmproxy.errors import ConfigError
 from llmproxy.proxy import Proxy
+from llmproxy.reactor import install
 from llmproxy.tryout import make_demo
 
 
@@ -43,6 +44,8 @@ class Options(usage.Options):
 
 def makeService(options: Options) -> IService:
     """What twistd runs. Ends the process with one clear line when the configuration is bad."""
+    if "twisted.internet.reactor" not in sys.modules:  # twistd was not told which one
+        install()
     from twisted.internet import reactor
 
     path = config.find(options["config"], os.environ)

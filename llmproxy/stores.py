@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.enterprise.adbapi import ConnectionPool
 from twisted.internet.defer import TimeoutError as DeferTimeoutError
@@ -18,10 +18,13 @@ from llmproxy.config import Config
 from llmproxy.delivery import Delivery
 from llmproxy.errors import StorageError
 from llmproxy.model import State
-from llmproxy.storage import IAccounts, mongo
+from llmproxy.storage import IAccounts
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
+
+if TYPE_CHECKING:
+    from llmproxy.storage import mongo
 
 #: How long a stop waits for the last commits; what is not written then is found at the next start.
 LAST_COMMITS_S = 10.0
@@ -76,6 +79,8 @@ class Stores:
         return recovered
 
     async def _open_mongo(self) -> None:
+        from llmproxy.storage import mongo  # it takes the global reactor when it is imported
+
         self._mongo = mongo.connect(self._config.db.uri, self._reactor)
         await self._mongo.start()
         self.accounts = self._mongo.accounts

@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
+from llmproxy.reactor import install
+
+install()  # the one that the proxy runs on, before anything asks for a reactor
+
 pytest_plugins = ("housekeeping", "figures")

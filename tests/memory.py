@@ -23,7 +23,7 @@ from zope.interface import implementer
 
 from llmproxy.agent import BackendAgent
 from llmproxy.metrics import Metrics
-from llmproxy.site import Channel, Request, Site
+from llmproxy.site import Request, Site
 
 ADDRESS = IPv4Address("TCP", "127.0.0.1", 1)
 
@@ -59,6 +59,10 @@ class Wire(StringTransport):
             self.disconnecting = True
             if not self.stuck:
                 self._clock.callLater(0, self.close, ConnectionDone())
+
+    def loseWriteConnection(self) -> None:
+        """A peer that gets our end closes its side, too."""
+        self.loseConnection()
 
     def stopProducing(self) -> None:
         self.loseConnection()
@@ -129,7 +133,7 @@ class Server:
     def connect(self) -> None:
         """A new client comes."""
         self.wire = Wire(self.clock)
-        self.channel: Channel = self.site.buildProtocol(ADDRESS)
+        self.channel: Any = self.site.buildProtocol(ADDRESS)
         self.wire.attach(self.channel)
 
     def send(self, data: bytes) -> None:
@@ -145,6 +149,12 @@ class Server:
     def leave(self, error: Exception | None = None) -> None:
         """The client goes."""
         self.wire.close(error)
+
+    @property
+    def governed(self) -> bool:
+        """Whether the client's speed governs somebody."""
+        names = ("_producer", "_requestProducer")  # ours, and Twisted's
+        return any(getattr(self.channel, name, None) is not None for name in names)
 
     def active(self) -> float:
         """How many requests the metrics say are in flight."""

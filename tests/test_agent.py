@@ -20,8 +20,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from llmproxy.agent import IDLE_S, MAX_HEADER, BackendAgent, Connection
-from llmproxy.upstream import BytesBody
+from llmproxy.agent import IDLE_S, MAX_HEADER, BackendAgent, BytesBody, Connection
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nabc"
 

@@ -171,7 +171,7 @@ class World:
         self.backend.hold = Deferred()
         served = {"url": "http://b:1", "device": "gpu", "on_disconnect": on_disconnect}
         settings = config.parse({"backends": {"m": served}}, folder)
-        backends = Backends(lambda one: Upstream(one, self.backend.agent, self.clock))
+        backends = Backends(lambda one: Upstream(one, self.backend.agent))
         backends.swap(settings.backends)
         metrics = Metrics("0", ["m"])
         self.services = Services(

@@ -13,10 +13,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer, IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from zope.interface.verify import verifyObject
 
 from llmproxy import config
+from llmproxy.agent import Response
 from llmproxy.errors import BackendError, BackendTimeout, BadRequest, BodyTooLarge, RequestTimeout
 from llmproxy.form import Form
 from llmproxy.upload import HIGH_WATER, ClientGone, Upload
@@ -48,13 +49,7 @@ class Way:
     def __init__(self, clock: Clock, hold_limit: int = 1000, max_size: int = 10**9) -> None:
         self.clock = clock
         self.held = False
-        self.upload = Upload(
-            None,
-            clock,
-            pause=lambda: setattr(self, "held", True),
-            resume=lambda: setattr(self, "held", False),
-            invite=lambda: None,
-        )
+        self.upload = Upload(None, clock, self)
         self.form = Form(
             self.upload,
             BOUNDARY,
@@ -66,16 +61,22 @@ class Way:
         self.sent: list[bool] = []
         self.backend = Backend(clock)
 
+    def hold_up(self, hold: bool) -> None:
+        self.held = hold
+
+    def invite_body(self) -> None:
+        """The client sends it anyway."""
+
     def come(self, *pieces: bytes) -> None:
         for piece in pieces:
             self.upload.received(piece)
 
-    def send(self) -> Deferred[IResponse]:
+    def send(self) -> Deferred[Response]:
         """Name the backend's model, and begin to send; as an exchange does."""
         self.form.start("org/whisper", PATIENCE_S)
         self.form.on_sent = lambda: self.sent.append(True)
         settings = config.Backend(name="m", url="http://b:1", device="gpu")
-        upstream = Upstream(settings, self.backend.agent, self.clock)
+        upstream = Upstream(settings, self.backend.agent)
         return upstream.send("/v1/audio/transcriptions", Headers(), self.form)
 
     @property
@@ -113,7 +114,7 @@ def way(clock: Clock) -> Way:
 
 
 @pytest.fixture
-def sending(way: Way) -> Deferred[IResponse]:
+def sending(way: Way) -> Deferred[Response]:
     """A form whose model came first, and some of its file."""
     way.come(MODEL, FILE_HEAD)
     assert result_of(started(way.form.model())) == "whisper"

@@ -19,6 +19,7 @@ from twisted.internet.task import Clock
 from twisted.web.http_headers import Headers
 
 from llmproxy import config, forward
+from llmproxy.agent import BytesBody
 from llmproxy.answers import Answer
 from llmproxy.backends import Route
 from llmproxy.billing import NOTHING
@@ -28,7 +29,7 @@ from llmproxy.errors import BackendError, BackendTimeout, BadRequest, Unavailabl
 from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Order, Timing
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import Kind, Outcome, Reading
-from llmproxy.upstream import BytesBody, CodedAnswer, NotSent, Upstream
+from llmproxy.upstream import CodedAnswer, NotSent, Upstream
 
 SILENCE_S, KEEPALIVE_S, DRAIN_S = 60.0, 15.0, 300.0
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
@@ -72,7 +73,7 @@ class Story:
                 **backend,
             }
         )
-        upstream = Upstream(settings, self.backend.agent, clock)
+        upstream = Upstream(settings, self.backend.agent)
         order = Order(
             route=Route(settings, upstream),
             path="/v1/chat/completions",
@@ -584,7 +585,7 @@ def test_the_clients_speed_governs_the_backend(story):
     story.server.wire.drained()
     assert story.link.wire.is_reading
     story.answer(chunk(USED), chunk(DONE), LAST_CHUNK)
-    assert story.server.channel._requestProducer is None
+    assert not story.server.governed
     story.end()
 
 

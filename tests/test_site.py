@@ -5,6 +5,7 @@ Most of it on a transport without a socket, with a clock that the test moves; th
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from pathlib import Path
@@ -15,17 +16,18 @@ import pytest
 import pytest_twisted
 from backend import DONE, ScriptedBackend, json_answer, sse_answer, sse_event
 from deferreds import failure_of, result_of, started
-from memory import Server, request_bytes
+from memory import Kept, Server, request_bytes
 from proxy import Answer, ProxyHandle, running_proxy
 from proxy import request_bytes as real_request
 from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
+from llmproxy.channel import IDLE_TIMEOUT_S, LINGER_S, MAX_PIPELINED
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import InvalidKey, NotFound
-from llmproxy.site import DISCARD_S, IDLE_TIMEOUT_S, LINGER_S, Request
+from llmproxy.site import DISCARD_S, VARIABLE, Request
 from llmproxy.upload import HIGH_WATER, ClientGone
 
 CHUNKED = b"Transfer-Encoding: chunked"
@@ -38,9 +40,7 @@ def server(clock: Clock) -> Server:
 
 def respond(request: Request, body: bytes = b"ok") -> None:
     """Answer it, whole."""
-    request.setHeader(b"Content-Length", b"%d" % len(body))
-    request.write(body)
-    request.end()
+    request.answer(200, [], body)
 
 
 def answers(sent: bytes) -> list[Answer]:
@@ -342,11 +342,11 @@ NO_REQUEST = {
     "two codings": HOST + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
 }
 TOO_LARGE = {
-    "many fields": (HOST + b"A: b\r\n" * 501 + b"\r\n", 431),
-    "long fields": (HOST + b"A: %b\r\n" % (b"b" * 9000) * 2 + b"\r\n", 431),
-    "a long field": (HOST + b"A: %b\r\n\r\n" % (b"b" * 20_000), 431),
-    "a field without an end": (HOST + b"A: " + b"b" * 20_000, 431),
-    "a long target": (b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"b" * 20_000), 414),
+    "many fields": (HOST + b"A: b\r\n" * 101 + b"\r\n", 431),
+    "long fields": (HOST + b"A: %b\r\n" % (b"b" * 9000) * 4 + b"\r\n", 431),
+    "a long field": (HOST + b"A: %b\r\n\r\n" % (b"b" * 40_000), 431),
+    "a field without an end": (HOST + b"A: " + b"b" * 40_000, 431),
+    "a long target": (b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n" % (b"b" * 40_000), 414),
 }
 
 
@@ -390,6 +390,145 @@ def test_every_refusal_of_what_is_no_request_has_an_id_of_its_own(server):
     server.leave()
     first, second = server.site.__dict__["seen"]
     assert first != second
+
+
+# --- what our own channel does, and Twisted's does not -------------------------------------------
+
+only_ours = pytest.mark.skipif(
+    os.environ.get(VARIABLE) == "twisted", reason="Twisted's channel does not do this"
+)
+GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@only_ours
+def test_a_header_has_ten_seconds_however_it_comes(server):
+    server.send(b"POST / HTTP/1.1\r\n")
+    for _ in range(9):
+        server.clock.advance(1)
+        server.send(b"A: b\r\n")
+    server.clock.advance(0.9)
+    assert server.sent == b""
+    server.clock.advance(0.1)
+    (answer,) = answers(server.sent)
+    assert (answer.status, answer.fields["connection"]) == (408, "close")
+    server.clock.advance(0)
+    assert not server.wire.connected
+    assert server.clock.getDelayedCalls() == []
+
+
+@only_ours
+def test_requests_that_come_with_one_in_service_wait_for_their_turn(server):
+    server.send(GET % 0)
+    for number in range(1, 4):
+        server.send(GET % number)
+    assert [request.path for request in server.requests] == [b"/0"]
+    for _ in range(4):
+        respond(server.requests[-1])
+    assert [request.path for request in server.requests] == [b"/0", b"/1", b"/2", b"/3"]
+    server.leave()
+
+
+@only_ours
+def test_a_thousand_requests_in_one_piece_are_too_many_and_the_first_are_served(clock):
+    server = Server(clock, Kept(lambda request: respond(request)))
+    server.send(b"".join(GET % number for number in range(1000)))
+    clock.advance(0)
+    found = answers(server.sent)
+    assert [answer.status for answer in found] == [200] * MAX_PIPELINED + [400]
+    assert not server.wire.connected
+    assert server.active() == 0
+
+
+@only_ours
+def test_what_makes_no_sense_is_told_so_after_the_requests_before_it(server):
+    server.send(GET % 0 + GET % 1 + b"nonsense\r\n\r\n")
+    assert server.sent == b""
+    respond(server.requests[0])
+    respond(server.requests[1])
+    server.clock.advance(0)
+    assert [answer.status for answer in answers(server.sent)] == [200, 200, 400]
+    assert not server.wire.connected
+
+
+@only_ours
+def test_bytes_after_the_last_request_are_nobodys(server):
+    server.send(request_bytes(b"/", b"", b"Connection: close") + GET % 1)
+    respond(server.requests[0])
+    server.clock.advance(0)
+    assert len(server.requests) == 1
+    (answer,) = answers(server.sent)
+    assert answer.fields["connection"] == "close"
+    assert not server.wire.connected
+
+
+@pytest.mark.parametrize("body", [b"", b"abc"])
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_another_protocol_is_refused_and_nothing_follows_it(server, protocol, body):
+    fields = b"Connection: keep-alive, Upgrade", b"Upgrade: " + protocol
+    server.send(request_bytes(b"/", body, *fields) + GET % 1)
+    server.clock.advance(0)
+    assert server.requests == []
+    (answer,) = answers(server.sent)
+    assert (answer.status, answer.fields["connection"]) == (400, "close")
+    assert "Upgrade" in answer.json()["error"]["message"]
+    assert not server.wire.connected
+
+
+@only_ours
+@pytest.mark.parametrize(
+    "piece", [b"1\r\nx\r\n", b"1;%b\r\nx\r\n" % (b"e" * 200)], ids=["tiny", "extension"]
+)
+def test_a_body_of_chunks_that_are_mostly_framing_is_refused(server, piece):
+    server.send(request_bytes(b"/", b"", CHUNKED))
+    reading = started(server.requests[0].upload.read(10_000_000, 5))
+    for _ in range(100):
+        if server.wire.connected:
+            server.send(piece * 1000)
+            server.clock.advance(0)
+    failure_of(reading, ClientGone)
+    (answer,) = answers(server.sent)
+    assert answer.status == 400
+    assert not server.wire.connected
+
+
+@only_ours
+def test_a_trailer_changes_nothing(server):
+    server.send(
+        request_bytes(b"/", b"", CHUNKED) + b"3\r\nabc\r\n0\r\nAuthorization: x\r\nA: b\r\n\r\n"
+    )
+    assert result_of(started(server.requests[0].upload.read(10, 5))) == b"abc"
+    assert b"authorization" not in server.requests[0].fields
+    respond(server.requests[0])
+    server.send(GET % 1)
+    assert len(server.requests) == 2
+    server.leave()
+
+
+@only_ours
+def test_a_client_that_does_not_read_is_not_read_from(server):
+    server.wire.slow()
+    assert not server.wire.is_reading
+    server.wire.drained()
+    assert server.wire.is_reading
+    server.leave()
+
+
+@only_ours
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
+def test_requests_are_the_same_in_any_split(server, size):
+    data = (
+        request_bytes(b"/1", b"abc") + request_bytes(b"/2", b"", CHUNKED) + b"2\r\nde\r\n0\r\n\r\n"
+    )
+    data += request_bytes(b"/3", b"", b"Expect: 100-continue")
+    bodies = []
+    for start in range(0, len(data), size):
+        server.send(data[start : start + size])
+        if len(server.requests) > len(bodies) and server.requests[-1].upload.whole:
+            request = server.requests[-1]
+            bodies.append((request.path, request.upload.at_once(100)))
+            respond(request)
+    assert bodies == [(b"/1", b"abc"), (b"/2", b"de"), (b"/3", b"")]
+    server.leave()
 
 
 # --- counting -----------------------------------------------------------------------------------

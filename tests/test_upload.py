@@ -15,13 +15,13 @@ class Flow:
 
     def __init__(self, clock: Clock, length: int | None = None) -> None:
         self.told: list[str] = []
-        self.upload = Upload(
-            length,
-            clock,
-            pause=lambda: self.told.append("pause"),
-            resume=lambda: self.told.append("resume"),
-            invite=lambda: self.told.append("invite"),
-        )
+        self.upload = Upload(length, clock, self)
+
+    def hold_up(self, hold: bool) -> None:
+        self.told.append("pause" if hold else "resume")
+
+    def invite_body(self) -> None:
+        self.told.append("invite")
 
     @property
     def holds(self) -> list[str]:

@@ -33,6 +33,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer
 from zope.interface.verify import verifyObject
 
+from llmproxy.agent import BytesBody
 from llmproxy.config import Backend
 from llmproxy.errors import (
     BackendError,
@@ -44,7 +45,6 @@ from llmproxy.errors import (
 )
 from llmproxy.upload import ClientGone
 from llmproxy.upstream import (
-    BytesBody,
     CodedAnswer,
     IdentityAgent,
     NotSent,
@@ -115,7 +115,7 @@ def test_a_failure_of_the_backend_has_a_gateways_status(kind, status):
 def upstream(clock: Clock, url: str = "http://b:1") -> tuple[Upstream, MemoryBackend]:
     backend = MemoryBackend(clock, "/".join(url.split("/")[:3]).encode())
     settings = Backend(name="m", url=url, device="gpu")
-    return Upstream(settings, backend.agent, clock), backend
+    return Upstream(settings, backend.agent), backend
 
 
 def test_a_body_is_a_body():

@@ -1,3 +1,4 @@
+from twisted.application.reactors import Reactor
 from twisted.application.service import ServiceMaker
 
 llmproxy = ServiceMaker(
@@ -6,3 +7,5 @@ llmproxy = ServiceMaker(
     "An HTTP proxy between end users and LLM servers that bills every token.",
     "llmproxy",
 )
+
+reactor = Reactor("llmproxy", "llmproxy.reactor", "epoll, for many small messages.")

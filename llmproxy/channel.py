@@ -1,0 +1,435 @@
+"""HTTP/1.1 towards clients, on llhttp: one connection, its requests in order.
+
+    bytes --> llhttp --> Message (header, body) --> Request, one at a time
+                            \\--> those that came in one piece with it wait in a queue
+
+States: idle, between requests; heading, a header is coming; serving, a request has not been
+answered or its body has not come; closing, nothing is read any more. A deadline belongs to each
+but serving: how long a request may take is for others to say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+import httptools
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IPushProducer,
+    ISSLTransport,
+    ITCPTransport,
+    ITransport,
+)
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from llmproxy import dialects, framing
+from llmproxy.endpoints import Dialect
+from llmproxy.errors import BadRequest, ProxyError, RequestTimeout
+from llmproxy.ids import new_request_id
+from llmproxy.upload import HIGH_WATER, Upload
+
+if TYPE_CHECKING:
+    from llmproxy.downstream import Producer
+    from llmproxy.site import Request, Site
+
+#: How long a connection may be silent between requests, and within a body that is wanted.
+IDLE_TIMEOUT_S = 60.0
+#: How long a header may take, from its first byte to its last.
+HEADER_TIMEOUT_S = 10.0
+#: How long a client may take what is buffered for it when its connection is to be closed.
+LINGER_S = 15.0
+#: How long the rest of what can't be parsed is read, so that its sender can read our answer.
+DISCARD_S = 2.0
+#: How many requests may come in one piece with the one before them. Nobody does so by accident.
+MAX_PIPELINED = 64
+#: A body in chunks may have this much framing, and twice its own size.
+MAX_FRAMING = 64 * 1024
+
+
+class Message:
+    """A request as it is parsed; `refusal` when it can't be served."""
+
+    __slots__ = ("body_bytes", "fields", "keep", "method", "refusal", "target", "upload", "version")
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.method = b""
+        self.version = b"HTTP/1.1"
+        self.fields: framing.Fields = {}
+        self.keep = False
+        self.refusal: ProxyError | None = None
+        self.upload: Upload | None = None
+        self.body_bytes = 0
+
+
+@implementer(IPushProducer)
+class Channel(Protocol):
+    """One connection of a client."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self._parser = httptools.HttpRequestParser(self)
+        self._raw_fields: list[tuple[bytes, bytes]] = []
+        self._header_bytes = 0
+        self._message: Message | None = None  # the one that is coming
+        self._parts: list[bytes] = []
+        self._fed_bytes = 0  # of the message that is coming
+        self._problem: ProxyError | None = None  # why parsing ended
+        self._queue: deque[Message] = deque()
+        self._unread = b""  # what came after a request that is being served
+        self.request: Request | None = None  # the one that is being served
+        self._busy = False  # parsing or serving: neither begins anew from within
+        self._retiring = False
+        self._keep = True
+        self._closing = self._gone = False
+        self._held = self._congested = self._paused = False
+        self._producer: Producer | None = None
+        self._timer: IDelayedCall | None = None
+        self._due: Callable[[], None] | None = None  # what the timer is for
+
+    # -- the connection ----------------------------------------------------------------------
+
+    def connectionMade(self) -> None:
+        """A client came."""
+        transport = cast(Any, self.transport)
+        if hasattr(transport, "setTcpNoDelay"):
+            transport.setTcpNoDelay(True)
+        transport.registerProducer(self, True)
+        self.site.connections.add(self)
+        self._wait(IDLE_TIMEOUT_S, self.close)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """It went."""
+        self._gone = True
+        self._wait_no_more()
+        self._queue.clear()
+        self.site.connections.discard(self)
+        request, self.request = self.request, None
+        if request is not None:
+            request.connectionLost()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing has been asked that waits for an answer."""
+        return self.request is None and not self._queue
+
+    def retire(self) -> None:
+        """Close after the answer that is due, or now if none is."""
+        self._retiring = True
+        if self.is_idle:
+            self.close()
+
+    def close(self, linger_s: float = LINGER_S) -> None:
+        """Close once all is sent; a client that does not take it within `linger_s` is cut off."""
+        if self._gone:
+            return
+        if not self._closing or linger_s != LINGER_S:
+            self._wait(linger_s, self.abort)
+        self._closing = True
+        transport = cast(ITransport, self.transport)
+        cast(Any, transport).unregisterProducer()
+        transport.loseConnection()
+
+    def abort(self) -> None:
+        """Cut the client off now."""
+        self._wait_no_more()
+        self._closing = True
+        if not self._gone:
+            cast(ITCPTransport, self.transport).abortConnection()
+
+    # -- deadlines ---------------------------------------------------------------------------
+
+    def _wait(self, seconds: float, act: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = act
+        self._timer = self.site.clock.callLater(seconds, self._too_late)
+
+    def _wait_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._due = None
+
+    def _too_late(self) -> None:
+        due, self._timer, self._due = self._due, None, None
+        if due is not None:
+            due()
+
+    def _header_too_slow(self) -> None:
+        self._refuse(RequestTimeout("The request's header did not arrive in time."))
+
+    # -- what comes --------------------------------------------------------------------------
+
+    def dataReceived(self, data: bytes) -> None:
+        """Bytes from the client."""
+        if self._closing or self._problem is not None:
+            return
+        if self.request is not None and self._message is None:
+            self._unread += data
+            self._read_or_not()
+            return
+        self._parse(data)
+        self._serve()
+
+    def _parse(self, data: bytes) -> None:
+        self._fed_bytes += len(data)
+        self._busy = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # it was refused with its header, and nothing after it is a request
+        except Exception:  # llhttp's, and those of the callbacks below
+            self._broken(self._problem or BadRequest("The request is not valid HTTP/1.1."))
+        else:
+            self._parsed()
+        finally:
+            self._busy = False
+
+    def _parsed(self) -> None:
+        message = self._message
+        if message is None:
+            if self.request is not None:
+                self._wait_no_more()
+        elif message.upload is None:
+            self._heading(message)
+        else:
+            self._body_goes_on(message, message.upload)
+
+    def _heading(self, message: Message) -> None:
+        """A header has begun, and is not complete: its size and time have bounds."""
+        if self._fed_bytes > framing.MAX_HEADER:
+            in_target = not self._raw_fields and len(message.target) > framing.MAX_TARGET
+            self._broken(framing.too_long() if in_target else framing.too_large())
+        elif self._due != self._header_too_slow:
+            self._wait(HEADER_TIMEOUT_S, self._header_too_slow)
+
+    def _body_goes_on(self, message: Message, upload: Upload) -> None:
+        self._hand_over(message)
+        if upload.length is None and self._fed_bytes > MAX_FRAMING + 3 * message.body_bytes:
+            self._broken(BadRequest("The request's body has more framing than content."))
+        elif not self._held:
+            self._wait(IDLE_TIMEOUT_S, self.close)
+
+    def _broken(self, problem: ProxyError) -> None:
+        """The bytes make no sense from here on; what came before them is still served."""
+        self._problem = problem
+        message, self._message = self._message, None
+        if message is not None and message in self._queue:
+            self._queue.remove(message)
+        elif message is not None and message.upload is not None:
+            self._refuse(problem)  # its body is what makes no sense
+
+    def _stop(self, problem: ProxyError) -> None:
+        """Parse no further, from within the parser."""
+        self._problem = problem
+        raise problem
+
+    # -- as llhttp tells it ------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if len(self._queue) >= MAX_PIPELINED:
+            self._stop(BadRequest("Too many requests at once."))
+        self._message = Message()
+        self._raw_fields = []
+        self._header_bytes = 0
+
+    def on_url(self, target: bytes) -> None:
+        """The target, or a part of it."""
+        message = cast(Message, self._message)
+        message.target += target
+        if len(message.target) > framing.MAX_TARGET:
+            self._stop(framing.too_long())
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the header, or of the trailer, which nobody reads."""
+        self._header_bytes += len(name) + len(value) + 4
+        self._raw_fields.append((name, value))
+        too_many = len(self._raw_fields) > framing.MAX_FIELDS
+        if too_many or self._header_bytes > framing.MAX_HEADER:
+            self._stop(framing.too_large())
+
+    def on_headers_complete(self) -> None:
+        """The header is complete."""
+        message, parser = cast(Message, self._message), self._parser
+        fields = framing.collected(self._raw_fields)
+        message.fields = fields
+        message.method = parser.get_method()
+        message.version = b"HTTP/" + parser.get_http_version().encode()
+        message.keep = parser.should_keep_alive() and message.version == b"HTTP/1.1"
+        try:
+            framing.check(message.target, message.version, fields)
+        except ProxyError as error:
+            message.refusal = error
+        length: int | None = None
+        if b"transfer-encoding" not in fields:
+            length = int(fields[b"content-length"][0]) if b"content-length" in fields else 0
+        message.upload = Upload(length, self.site.clock, self)
+        self._queue.append(message)
+
+    def on_body(self, data: bytes) -> None:
+        """A part of the body, without its framing."""
+        self._parts.append(data)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        message, self._message = cast(Message, self._message), None
+        self._fed_bytes = 0
+        self._hand_over(message)
+        cast(Upload, message.upload).ended()
+
+    def _hand_over(self, message: Message) -> None:
+        parts = self._parts
+        if parts:
+            data = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            message.body_bytes += len(data)
+            cast(Upload, message.upload).received(data)
+
+    # -- what is served ----------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Serve what has come, in order, until one takes its time."""
+        if self._busy:  # an answer was given at once: who began this goes on
+            return
+        while self.request is None and not self._closing and not self._gone:
+            if self._queue:
+                self._begin(self._queue.popleft())
+            elif self._problem is not None:
+                self._refuse(self._problem)
+            elif self._unread:
+                unread, self._unread = self._unread, b""
+                self._parse(unread)
+            else:
+                break
+        self._read_or_not()
+
+    def _begin(self, message: Message) -> None:
+        upload = cast(Upload, message.upload)
+        if message.refusal is not None:
+            self._refuse(message.refusal)
+            return
+        if upload.whole:
+            self._wait_no_more()
+        elif not self._held:
+            self._wait(IDLE_TIMEOUT_S, self.close)
+        self._keep = message.keep
+        self.request = request = self.site.new_request(self, message)
+        self._busy = True
+        try:
+            request.process()
+        finally:
+            self._busy = False
+
+    @property
+    def keep(self) -> bool:
+        """Whether the connection will serve another request after this one."""
+        return self._keep and not self._retiring
+
+    def done(self) -> None:
+        """The answer is out, and the request whole."""
+        self.request = None
+        if self._gone:
+            return
+        if not self.keep:
+            self.close()
+            return
+        if not self._queue and not self._unread and self._problem is None:
+            self._wait(IDLE_TIMEOUT_S, self.close)
+        self._serve()
+
+    def _refuse(self, error: ProxyError) -> None:
+        """Answer what is no request, in the most common dialect, and close.
+
+        What its sender has still to say is read for a while: closing at once would reset the
+        connection, and take our answer away.
+        """
+        if self._closing:
+            return
+        request = self.request
+        self._closing = True
+        if request is None or not request.started:
+            self.send(refusal_answer(error))
+        self._wait(DISCARD_S, self.abort)
+        self.request = None
+        if request is not None:
+            request.connectionLost()
+        transport = cast(Any, self.transport)
+        transport.unregisterProducer()
+        if ISSLTransport.providedBy(transport) or not hasattr(transport, "loseWriteConnection"):
+            transport.loseConnection()
+        else:
+            transport.loseWriteConnection()
+            transport.resumeProducing()
+
+    # -- what the request asks of its connection ----------------------------------------------
+
+    def send(self, data: bytes) -> None:
+        """Bytes to the client."""
+        cast(ITransport, self.transport).write(data)
+
+    def invite_body(self) -> None:
+        """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1)."""
+        request = self.request
+        if request is not None and request.fields.pop(b"expect", []) and not request.started:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def hold_up(self, hold: bool) -> None:
+        """Stop reading the client's body, or go on."""
+        self._held = hold
+        if hold:
+            self._wait_no_more()  # the silence is ours
+        elif self._message is not None:
+            self._wait(IDLE_TIMEOUT_S, self.close)
+        self._read_or_not()
+
+    def _read_or_not(self) -> None:
+        full = bool(self._queue) or len(self._unread) > HIGH_WATER
+        pause = self._held or self._congested or (full and self.request is not None)
+        if pause != self._paused and not self._gone and not self._closing:
+            self._paused = pause
+            transport = cast(Any, self.transport)
+            transport.pauseProducing() if pause else transport.resumeProducing()
+
+    def attach(self, producer: Producer) -> None:
+        """Let the client's speed govern `producer`."""
+        self._producer = producer
+        if self._congested:
+            producer.pauseProducing()
+
+    def detach(self) -> None:
+        """It has nothing more."""
+        self._producer = None
+
+    def pauseProducing(self) -> None:
+        """The client does not take what is sent: nothing more is made, nor asked for."""
+        self._congested = True
+        if self._producer is not None:
+            self._producer.pauseProducing()
+        self._read_or_not()
+
+    def resumeProducing(self) -> None:
+        """It has caught up."""
+        self._congested = False
+        if self._producer is not None:
+            self._producer.resumeProducing()
+        self._read_or_not()
+
+    def stopProducing(self) -> None:
+        """The transport is gone; `connectionLost` does what is to be done."""
+
+
+def refusal_answer(error: ProxyError) -> bytes:
+    """The answer to what is no request, in the most common dialect."""
+    reason = HTTPStatus(error.status).phrase.encode()
+    body = dialects.error_body(Dialect.OPENAI, error)
+    return (
+        b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+        b"Connection: close\r\nContent-Length: %d\r\n\r\n%b"
+        % (error.status, reason, new_request_id().encode(), len(body), body)
+    )

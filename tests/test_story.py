@@ -1,0 +1,73 @@
+"""Running a coroutine that nobody waits for."""
+
+from __future__ import annotations
+
+import pytest
+from housekeeping import FlushLoggedErrors
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.python.failure import Failure
+
+from llmproxy.story import begin
+
+
+def test_it_goes_from_wait_to_wait_and_gets_each_result() -> None:
+    first: Deferred[int] = Deferred()
+    second: Deferred[str] = Deferred()
+    told: list[object] = []
+
+    async def story() -> None:
+        told.append("begun")
+        told.append(await first)
+        told.append(await succeed("at once"))
+        told.append(await second)
+
+    begin(story())
+    assert told == ["begun"]
+    first.callback(1)
+    assert told == ["begun", 1, "at once"]
+    second.callback("two")
+    assert told == ["begun", 1, "at once", "two"]
+
+
+def test_a_failure_is_raised_where_it_was_waited_for() -> None:
+    waiting: Deferred[None] = Deferred()
+    told: list[str] = []
+
+    async def story() -> None:
+        for deferred in (fail(ValueError("now")), waiting):
+            with pytest.raises(ValueError, match=r"now|later") as raised:
+                await deferred
+            told.append(str(raised.value))
+
+    begin(story())
+    waiting.errback(Failure(ValueError("later")))
+    assert told == ["now", "later"]
+
+
+def test_a_story_that_fails_is_logged(flush_logged_errors: FlushLoggedErrors) -> None:
+    waiting: Deferred[None] = Deferred()
+
+    async def story() -> None:
+        await waiting
+        raise KeyError("canary")
+
+    begin(story())
+    assert flush_logged_errors(KeyError) == []
+    waiting.callback(None)
+    assert len(flush_logged_errors(KeyError)) == 1
+
+
+def test_it_waits_for_one_that_waits_for_another() -> None:
+    outer: Deferred[int] = Deferred()
+    inner: Deferred[int] = Deferred()
+    told: list[int] = []
+
+    async def story() -> None:
+        told.append(await outer)
+
+    outer.addCallback(lambda _: inner)
+    begin(story())
+    outer.callback(0)
+    assert told == []
+    inner.callback(7)
+    assert told == [7]
