@@ -62,7 +62,7 @@ class BytesBody:
     def __init__(self, data: bytes) -> None:
         self.length = len(data)
         self.data = data
-        self.on_sent: Callable[[], None] = _nothing
+        self.on_sent: Callable[[], None] = nothing
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         """Write it in one piece."""
@@ -80,7 +80,7 @@ class BytesBody:
         """All is written already."""
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """What is called when nobody wants to know."""
 
 

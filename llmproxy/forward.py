@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from llmproxy import headers
-from llmproxy.agent import Response
+from llmproxy.agent import Response, nothing
 from llmproxy.answers import Answer, refusal
 from llmproxy.backends import Route
 from llmproxy.billing import NOTHING
@@ -269,7 +269,7 @@ class Forward:
 
     async def _stream(self, response: Response, meter: StreamMeter) -> Ending:
         self._down.start(200, [*headers.for_client(response.fields), *STREAM_FIELDS])
-        self._keep_alive(meter)
+        self._keep_alive()
         reader = self._read(response, self._passing_on(meter))
         if not reader.ended.called:
             self._down.attach(reader)
@@ -319,22 +319,24 @@ class Forward:
 
     # -- timers ----------------------------------------------------------------------------
 
-    def _keep_alive(self, meter: StreamMeter) -> None:
-        def comfort() -> None:
-            if not meter.content_events and not meter.ended:
-                self._down.write(KEEPALIVE)
-                self._later("keep-alive", self._timing.keepalive_s, comfort)
-
+    def _keep_alive(self) -> None:
         if self._timing.keepalive_s:
-            self._later("keep-alive", self._timing.keepalive_s, comfort)
+            self._later("keep-alive", self._timing.keepalive_s, self._comfort)
+
+    def _comfort(self) -> None:
+        """The backend is still silent: show the client, and all on the way, that we are not."""
+        meter = self._order.meter
+        if meter is not None and not meter.content_events and not meter.ended:
+            self._down.write(KEEPALIVE)
+            self._keep_alive()
 
     def _later(self, name: str, seconds: float, act: Callable[[], None]) -> None:
-        def fire() -> None:
-            del self._timers[name]
-            act()
-
         self._cancel(name)
-        self._timers[name] = self._clock.callLater(seconds, fire)
+        self._timers[name] = self._clock.callLater(seconds, self._fire, name, act)
+
+    def _fire(self, name: str, act: Callable[[], None]) -> None:
+        del self._timers[name]
+        act()
 
     def _cancel(self, name: str) -> None:
         timer = self._timers.pop(name, None)
@@ -342,11 +344,14 @@ class Forward:
             timer.cancel()
 
     def _over(self) -> None:
-        self._order.body.stopProducing()  # the answer may have come before all was sent
+        body = self._order.body
+        body.stopProducing()  # the answer may have come before all was sent
+        body.on_sent = nothing
         self._down.when_gone(None)
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
+        self._reader = None
 
 
 def _no_result(reading: Reading) -> Reading:

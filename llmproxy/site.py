@@ -240,6 +240,7 @@ class Request:
 
     def _finish(self) -> None:
         self.finished = True
+        self._lost_calls.clear()
         self._account()
         self._channel.done()
 
