@@ -34,7 +34,8 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from llmproxy.framing import Fields, collected
+from llmproxy.errors import BackendError
+from llmproxy.framing import Fields
 from llmproxy.headers import Lines
 
 #: Largest header of an answer.
@@ -50,7 +51,15 @@ class BadAnswer(Exception):
     """The backend's answer is not valid HTTP/1.1, or not only an answer."""
 
 
+class CodedAnswer(BackendError):
+    """The backend compressed its answer, unasked: it can't be metered."""
+
+    def __init__(self) -> None:
+        super().__init__("The model's server sent an answer in a form that was not asked for.")
+
+
 _WHOLE = Failure(ResponseDone())
+_IDENTITY = (b"identity", b"")
 
 
 @implementer(IBodyProducer)
@@ -105,11 +114,15 @@ class Response:
     @property
     def headers(self) -> Headers:
         """The same as Twisted has it; to build it takes as long as to parse the answer."""
-        return Headers(dict(self.fields))
+        return Headers({name: [value] for name, value in self.fields.items()})
 
     def deliverBody(self, protocol: IProtocol) -> None:
         """See `IResponse.deliverBody`."""
         self._connection.deliver(protocol)
+
+    def at_once(self) -> bytes | None:
+        """The body, if all of it has come already; it can be taken once, instead of delivered."""
+        return self._connection.take()
 
     def setPreviousResponse(self, response: IResponse) -> None:
         """See `IResponse.setPreviousResponse`."""
@@ -139,7 +152,7 @@ class Connection(Protocol):
         self._fields: list[tuple[bytes, bytes]] = []
         self._phrase = b""
         self._header_bytes = 0
-        self._framed = self._keep = False
+        self._framed = self._keep = self._held = False
         self._parts: list[bytes] = []
         self._body: IProtocol | None = None
         self._end: Failure | None = None
@@ -219,7 +232,9 @@ class Connection(Protocol):
         """The header is complete; that of an interim answer (1xx) is of no interest."""
         code = self._parser.get_status_code()
         if code >= 200:
-            fields = collected(self._fields)
+            fields: Fields = {}
+            for name, value in self._fields:
+                fields.setdefault(name.lower(), value.strip(b" \t"))
             self._framed = b"content-length" in fields or b"transfer-encoding" in fields
             self._keep = self._parser.should_keep_alive()
             self.response = Response(self, code, self._phrase, fields)
@@ -264,11 +279,18 @@ class Connection(Protocol):
                 self._break(Failure(BadAnswer("the header is too large")))
             return
         answer, self._answer = self._answer, None
+        if response.fields.get(b"content-encoding", b"identity").lower() not in _IDENTITY:
+            self._end = self._end or _WHOLE  # of it, no more is wanted
+            self.abort()
+            self._send_no_more()
+            if answer is not None:
+                answer.errback(Failure(CodedAnswer()))
+            return
         if answer is not None:
             answer.callback(response)
         waits = self.response is response and self._body is None and self._end is None
         if waits and not self._closed:
-            self.wire.pauseProducing()  # until somebody wants the body
+            self.hold(True)  # until somebody wants the body
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """It has ended, and with it a body that has no other end."""
@@ -282,12 +304,20 @@ class Connection(Protocol):
         else:
             self._break(reason)
 
+    def hold(self, hold: bool) -> None:
+        """Stop reading from the backend, or go on."""
+        self._held = hold
+        if hold:
+            self.wire.pauseProducing()
+        else:
+            self.wire.resumeProducing()
+
     def deliver(self, protocol: IProtocol) -> None:
         """Hand the body to `protocol` as it comes."""
         self._body = protocol
         protocol.makeConnection(cast(Any, BodyTransport(self)))
-        if self._end is None:
-            self.wire.resumeProducing()
+        if self._held and self._end is None:
+            self.hold(False)
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -300,19 +330,33 @@ class Connection(Protocol):
         if self._end is not None and self._body is not None:
             self._finish(body, self._end)
 
+    def take(self) -> bytes | None:
+        """The whole body, if it is here; the connection is free then."""
+        if self._end is not _WHOLE or self._body is not None:
+            return None
+        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._free(_WHOLE)
+        return body
+
     def _finish(self, body: IProtocol, end: Failure) -> None:
-        self._send_no_more()
+        self._body = None
+        self._free(end)
+        body.connectionLost(end)
+
+    def _free(self, end: Failure) -> None:
+        """The answer has ended: the connection can serve again, or can't."""
+        if self._sending is not None:
+            self._send_no_more()
         # An answer that came before all was sent leaves a connection that can't be told apart.
         reusable = end is _WHOLE and self._sent and self._keep and self._framed
-        self._body = None
         if reusable and not self._closed:
             self._busy = False
+            if self._held:  # by a slow client
+                self.hold(False)
             self._reset()
-            self.wire.resumeProducing()  # a slow client may have held it up
             self._agent.put_back(self)
         else:
             self.abort()
-        body.connectionLost(end)
 
     def _break(self, reason: Failure) -> None:
         """This can't come to a good end: close, and tell whoever waits, once."""
@@ -353,12 +397,12 @@ class BodyTransport:
     def pauseProducing(self) -> None:
         """Hold the backend up."""
         if self._connection.response is self._response:
-            self._connection.wire.pauseProducing()
+            self._connection.hold(True)
 
     def resumeProducing(self) -> None:
         """Go on."""
         if self._connection.response is self._response:
-            self._connection.wire.resumeProducing()
+            self._connection.hold(False)
 
     def stopProducing(self) -> None:
         """Close the connection."""

@@ -75,7 +75,6 @@ class Channel(Protocol):
         self.site = site
         self._parser = httptools.HttpRequestParser(self)
         self._raw_fields: list[tuple[bytes, bytes]] = []
-        self._header_bytes = 0
         self._message: Message | None = None  # the one that is coming
         self._parts: list[bytes] = []
         self._fed_bytes = 0  # of the message that is coming
@@ -237,7 +236,6 @@ class Channel(Protocol):
             self._stop(BadRequest("Too many requests at once."))
         self._message = Message()
         self._raw_fields = []
-        self._header_bytes = 0
 
     def on_url(self, target: bytes) -> None:
         """The target, or a part of it."""
@@ -248,16 +246,14 @@ class Channel(Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A field of the header, or of the trailer, which nobody reads."""
-        self._header_bytes += len(name) + len(value) + 4
         self._raw_fields.append((name, value))
-        too_many = len(self._raw_fields) > framing.MAX_FIELDS
-        if too_many or self._header_bytes > framing.MAX_HEADER:
-            self._stop(framing.too_large())
 
     def on_headers_complete(self) -> None:
         """The header is complete."""
         message, parser = cast(Message, self._message), self._parser
-        fields = framing.collected(self._raw_fields)
+        if framing.is_too_large(self._raw_fields):
+            self._stop(framing.too_large())
+        fields = framing.combined(self._raw_fields)
         message.fields = fields
         message.method = parser.get_method()
         message.version = b"HTTP/" + parser.get_http_version().encode()
@@ -268,7 +264,7 @@ class Channel(Protocol):
             message.refusal = error
         length: int | None = None
         if b"transfer-encoding" not in fields:
-            length = int(fields[b"content-length"][0]) if b"content-length" in fields else 0
+            length = int(fields[b"content-length"]) if b"content-length" in fields else 0
         message.upload = Upload(length, self.site.clock, self)
         self._queue.append(message)
 
@@ -376,7 +372,7 @@ class Channel(Protocol):
     def invite_body(self) -> None:
         """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1)."""
         request = self.request
-        if request is not None and request.fields.pop(b"expect", []) and not request.started:
+        if request is not None and request.fields.pop(b"expect", b"") and not request.started:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hold_up(self, hold: bool) -> None:

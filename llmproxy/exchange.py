@@ -38,7 +38,7 @@ from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
 from llmproxy.framing import Fields
 from llmproxy.meter import StreamMeter, read_answer
-from llmproxy.metrics import Metrics
+from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.storage import ILedger
 from llmproxy.upload import ClientGone
@@ -69,6 +69,22 @@ class Services:
 class Exchange:
     """One request of a client, from its header to the settlement of its row."""
 
+    __slots__ = (
+        "_began",
+        "_down",
+        "_endpoint",
+        "_first_token_s",
+        "_forward",
+        "_forward_began",
+        "_is_cut",
+        "_key_id",
+        "_last_chunk",
+        "_metrics",
+        "_model",
+        "_request",
+        "_services",
+    )
+
     def __init__(self, endpoint: Endpoint, request: Request, services: Services) -> None:
         self._endpoint = endpoint
         self._request = request
@@ -77,6 +93,7 @@ class Exchange:
         self._key_id: str | None = None
         self._model: str | None = None
         self._forward: Forward | None = None
+        self._metrics: BackendMetrics | None = None
         self._is_cut = False
         self._began = services.monotonic()
         self._forward_began = 0.0
@@ -167,7 +184,7 @@ class Exchange:
 
     async def _admit_form(self, sent: Fields) -> Order:
         config = self._services.config
-        boundary = audio.boundary_of(sent.get(b"content-type", [b""])[0])
+        boundary = audio.boundary_of(sent.get(b"content-type", b""))
         self._request.upload.refuse_over(config.client_max_size)
         form = Form(
             self._request.upload,
@@ -217,29 +234,29 @@ class Exchange:
 
     async def _send(self, entry: Entry, order: Order) -> Ending:
         services, backend = self._services, order.route.backend
-        timing = Timing(
-            silence_s=backend.timeout or services.config.timeout_read,
-            keepalive_s=services.config.keepalive_interval,
-        )
+        config = services.config
+        timing = Timing(backend.timeout or config.timeout_read, config.keepalive_interval)
+        self._metrics = services.metrics.for_backend(backend.name)
         self._forward_began = services.monotonic()
-        watch = self._watch(backend.name)
-        forward = Forward(order, self._down, services.clock, timing, watch)
+        forward = Forward(order, self._down, services.clock, timing, self._chunk_came)
         self._forward = forward
         if self._is_cut:
             forward.stop()
-        services.checkpoints.follow(entry.rid, lambda: forward.reading().counts)
-        ending = await forward.run()
-        services.checkpoints.forget(entry.rid)
-        self._measure(backend.name, ending)
+        if order.meter is None:  # it has no counts before its end
+            ending = await forward.run()
+        else:
+            services.checkpoints.follow(entry.rid, lambda: forward.reading().counts)
+            ending = await forward.run()
+            services.checkpoints.forget(entry.rid)
+        self._measure(self._metrics, ending)
         return ending
 
     async def _settle(self, entry: Entry, ending: Ending) -> None:
         closing = settlement(ending.outcome, ending.reading, utcnow(), ending.status)
         await self._services.ledger.settle(entry, closing)
-        metrics = self._services.metrics
-        metrics.ledger_rows(closing.state)
-        if closing.state in BILLED:
-            metrics.for_backend(entry.model).billed(closing.counts)
+        self._services.metrics.ledger_rows(closing.state)
+        if closing.state in BILLED and self._metrics is not None:
+            self._metrics.billed(closing.counts)
         self._log(entry, closing, self._told(ending))
 
     def _release(self, ending: Ending) -> None:
@@ -264,22 +281,18 @@ class Exchange:
 
     # -- what is measured ------------------------------------------------------------------
 
-    def _watch(self, model: str) -> Callable[[StreamMeter], None]:
-        metrics, monotonic = self._services.metrics.for_backend(model), self._services.monotonic
+    def _chunk_came(self, meter: StreamMeter) -> None:
+        now, metrics = self._services.monotonic(), self._metrics
+        if metrics is None:
+            return
+        if self._last_chunk:
+            metrics.chunk_gap(now - self._last_chunk)
+        self._last_chunk = now
+        if self._first_token_s is None and meter.content_events:
+            self._first_token_s = now - self._forward_began
+            metrics.first_token(self._first_token_s)
 
-        def chunk_came(meter: StreamMeter) -> None:
-            now = monotonic()
-            if self._last_chunk:
-                metrics.chunk_gap(now - self._last_chunk)
-            self._last_chunk = now
-            if self._first_token_s is None and meter.content_events:
-                self._first_token_s = now - self._forward_began
-                metrics.first_token(self._first_token_s)
-
-        return chunk_came
-
-    def _measure(self, model: str, ending: Ending) -> None:
-        metrics = self._services.metrics.for_backend(model)
+    def _measure(self, metrics: BackendMetrics, ending: Ending) -> None:
         metrics.request_done(ending.status, self._services.monotonic() - self._forward_began)
         if ending.outcome not in (Outcome.COMPLETE, Outcome.CLIENT_GONE):
             metrics.error(_error_type(ending))
@@ -318,7 +331,11 @@ class Exchange:
 def key_sent(request: Request, dialect: Dialect) -> bytes:
     """The key that a request carries. Raises InvalidKey."""
     sent = request.fields
-    return key_of(sent.get(b"authorization", ()), sent.get(b"x-api-key", ()), dialect)
+    return key_of(_listed(sent, b"authorization"), _listed(sent, b"x-api-key"), dialect)
+
+
+def _listed(sent: Fields, name: bytes) -> tuple[bytes, ...]:
+    return (sent[name],) if name in sent else ()
 
 
 def _error_type(ending: Ending) -> str:

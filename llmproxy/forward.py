@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IProtocol, IReactorTime
@@ -49,8 +49,7 @@ _SILENT = BackendTimeout("The model's server fell silent in the middle of its an
 _STOPPING = Unavailable("The service is stopping; try again shortly.")
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     """An admitted request: where it goes, as what, and how its answer is read.
 
     meter: for an answer in a stream, if one was asked for. read: the usage in a whole answer.
@@ -66,8 +65,7 @@ class Order:
     convert: Callable[[bytes], Answer] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """How a forward ended. `last`: what the client gets once the row is settled, the rest of a
     stream, a whole answer, or an error. `status`: the backend's, None if there was none."""
 
@@ -77,8 +75,7 @@ class Ending:
     status: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """In seconds: how long a backend may be silent, and when a comment goes out (0: never)."""
 
     silence_s: float
@@ -239,12 +236,14 @@ class Forward:
         return Ending(Outcome.REFUSED, reading, last, response.code)
 
     async def _whole(self, response: Response) -> Ending:
-        end = await self._read(response, self._collect_up_to(MAX_ANSWER)).ended
-        if self._too_much:
-            return self._ending(Outcome.BACKEND_FAILED, Reading(), _BROKEN)
-        if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
-            return self._cut_short(end, Reading())
-        body = b"".join(self._parts)
+        body, end = response.at_once(), BodyEnd.WHOLE
+        if body is None:
+            end = await self._read(response, self._collect_up_to(MAX_ANSWER)).ended
+            if self._too_much:
+                return self._ending(Outcome.BACKEND_FAILED, Reading(), _BROKEN)
+            if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
+                return self._cut_short(end, Reading())
+            body = b"".join(self._parts)
         reading = self._order.read(body)
         if end is BodyEnd.UNFRAMED and not reading.answered:  # closed in the middle
             return self._ending(Outcome.TRUNCATED, reading, _BROKEN)

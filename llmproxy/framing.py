@@ -7,7 +7,7 @@ in a row could read differently (RFC 9112 sections 3.2 and 6; RFC 9110 section 7
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llmproxy.errors import BadRequest, ExpectationFailed, HeaderTooLarge, TargetTooLong
 
@@ -17,24 +17,23 @@ MAX_TARGET = 8 * 1024
 MAX_HEADER = 32 * 1024
 MAX_FIELDS = 100
 
-#: Field values by their lower-case name, in the order in which they came.
-Fields = dict[bytes, list[bytes]]
+#: Field values by their lower-case name.
+Fields = dict[bytes, bytes]
 
-_NONE: list[bytes] = []
 _VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
 # RFC 3986 section 3.2.2, without user information.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
 
 
-def collected(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
-    """Fields as they came, by their lower-case name."""
+def combined(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
+    """Fields as they came, those of one name combined (RFC 9110 section 5.2).
+
+    Of those that may stand but once, two make a value that none of their readers takes.
+    """
     found: Fields = {}
     for name, value in fields:
         name, value = name.lower(), value.strip(b" \t")
-        if name in found:
-            found[name].append(value)
-        else:
-            found[name] = [value]
+        found[name] = b"%b, %b" % (found[name], value) if name in found else value
     return found
 
 
@@ -46,29 +45,36 @@ def check(target: bytes, version: bytes, fields: Fields) -> None:
         raise too_long()
     if target[:1] != b"/" or b"#" in target:
         raise BadRequest("The request's target must be a path.")
-    _check_host(version, fields.get(b"host", _NONE))
+    _check_host(version, fields.get(b"host"))
     if b"transfer-encoding" in fields:
         _check_coding(version, fields)
-    if b"upgrade" in fields and any(b"upgrade" in v.lower() for v in fields.get(b"connection", [])):
+    if b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower():
         # It may be ignored (RFC 9110 section 7.8), but parsers disagree on whether a body follows.
         raise BadRequest("No other protocol than HTTP/1.1 is spoken here: send no Upgrade.")
-    if b"expect" in fields and fields[b"expect"][-1].lower() != b"100-continue":
+    if b"expect" in fields and fields[b"expect"].lower() != b"100-continue":
         raise ExpectationFailed("Only 'Expect: 100-continue' can be met.")
 
 
-def _check_host(version: bytes, hosts: list[bytes]) -> None:
-    if len(hosts) != 1 and (hosts or version != b"HTTP/1.0"):
-        raise BadRequest("The request must have one Host field.")
-    if hosts and _HOST.fullmatch(hosts[0]) is None:
-        raise BadRequest("The request's Host field is not a host.")
+def _check_host(version: bytes, host: bytes | None) -> None:
+    if host is None:
+        if version != b"HTTP/1.0":
+            raise BadRequest("The request must have a Host field.")
+    elif _HOST.fullmatch(host) is None:
+        raise BadRequest("The request's Host field is not one host.")
 
 
 def _check_coding(version: bytes, fields: Fields) -> None:
-    codings = fields[b"transfer-encoding"]
-    if len(codings) != 1 or codings[0].lower() != b"chunked" or version == b"HTTP/1.0":
+    if fields[b"transfer-encoding"].lower() != b"chunked" or version == b"HTTP/1.0":
         raise BadRequest("The request's Transfer-Encoding is not supported.")
     if b"content-length" in fields:
         raise BadRequest("The request has a Content-Length and a Transfer-Encoding.")
+
+
+def is_too_large(fields: Sequence[tuple[bytes, bytes]]) -> bool:
+    """Whether a header is over `MAX_HEADER` bytes or `MAX_FIELDS` fields."""
+    if len(fields) > MAX_FIELDS:
+        return True
+    return sum([len(name) + len(value) + 4 for name, value in fields]) > MAX_HEADER
 
 
 def too_long() -> TargetTooLong:

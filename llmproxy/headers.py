@@ -56,16 +56,15 @@ def for_backend(client: Fields, content_type: bytes, token: str | None) -> Lines
         lines += (b"\r\nAuthorization: Bearer ", token.encode())
     for key, name in _TO_BACKEND:
         if key in client:
-            lines += (b"\r\n", name, b": ", client[key][0])
+            lines += (b"\r\n", name, b": ", client[key])
     return Lines(b"".join(lines))
 
 
 def for_client(backend: Fields) -> list[tuple[bytes, bytes]]:
     """The fields of a backend's answer that go on to the client."""
-    return [(name, backend[key][0]) for key, name in _TO_CLIENT if key in backend]
+    return [(name, backend[key]) for key, name in _TO_CLIENT if key in backend]
 
 
 def media_type(fields: Fields) -> bytes:
     """The media type without parameters, in lower case; empty if there is none."""
-    values = fields.get(b"content-type")
-    return values[0].partition(b";")[0].strip().lower() if values else b""
+    return fields.get(b"content-type", b"").partition(b";")[0].strip().lower()

@@ -41,7 +41,7 @@ class Parsed:
         channel, message = self._channel, Message()
         message.method, message.target, message.version = channel.request_line()
         sent = self.requestHeaders.getAllRawHeaders()
-        message.fields = framing.collected((n, value) for n, values in sent for value in values)
+        message.fields = framing.combined((n, value) for n, values in sent for value in values)
         self._upload = message.upload = Upload(length, channel.site.clock, channel)
         try:
             framing.check(message.target, message.version, message.fields)
@@ -167,7 +167,7 @@ class TwistedChannel(HTTPChannel):
         """See `Flow.invite_body`."""
         parsed = cast(Any, self.requests[0]) if self.requests else None
         request = parsed.request if parsed is not None else None
-        if request is not None and request.fields.pop(b"expect", []) and not request.started:
+        if request is not None and request.fields.pop(b"expect", b"") and not request.started:
             super()._send100Continue()
 
     # -- what Twisted's channel asks of itself --------------------------------------------------

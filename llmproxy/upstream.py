@@ -42,7 +42,6 @@ from zope.interface import implementer
 from llmproxy.agent import BackendAgent, Response
 from llmproxy.config import Backend
 from llmproxy.errors import BackendError, BackendTimeout, ConfigError, ProxyError
-from llmproxy.headers import Lines
 from llmproxy.upload import ClientGone
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
@@ -52,10 +51,6 @@ class NotSent(BackendError):
     """No connection could be made: the backend has seen nothing of the request."""
 
 
-class CodedAnswer(BackendError):
-    """The backend compressed its answer, unasked: it can't be metered."""
-
-
 class RequestBody(Protocol):
     """An `IBodyProducer` that says when it is sent: then the wait for the answer begins."""
 
@@ -63,35 +58,6 @@ class RequestBody(Protocol):
 
     def stopProducing(self) -> None:
         """Send no more."""
-
-
-@implementer(IAgent)
-class IdentityAgent:
-    """Asks for answers as they are, and refuses coded ones."""
-
-    def __init__(self, agent: IAgent) -> None:
-        self._agent = agent
-
-    def request(
-        self,
-        method: bytes,
-        uri: bytes,
-        headers: Headers | None = None,
-        bodyProducer: IBodyProducer | None = None,
-    ) -> Deferred[IResponse]:
-        """See `IAgent.request`."""
-        if headers is not None and not isinstance(headers, Lines):
-            headers.removeHeader(b"Accept-Encoding")
-        answer: Any = self._agent.request(method, uri, headers, bodyProducer)
-        return cast("Deferred[IResponse]", answer.addCallback(_uncoded))
-
-
-def _uncoded(response: Response) -> Response:
-    coding = response.fields.get(b"content-encoding")
-    if coding is None or coding[0].lower() in (b"", b"identity"):
-        return response
-    drop(response)
-    raise CodedAnswer("The model's server sent an answer in a form that was not asked for.")
 
 
 def drop(response: Any) -> None:
@@ -158,8 +124,8 @@ class Upstream:
     def __init__(
         self, backend: Backend, agent: IAgent, close: Callable[[], object] = lambda: None
     ) -> None:
-        self.agent = IdentityAgent(agent)
-        self._client = Client(self.agent)
+        self.agent = agent
+        self._client = Client(agent)
         self._base = EncodedURL.from_text(backend.url)
         self._urls: dict[str, bytes] = {}
         self.close = close

@@ -19,7 +19,7 @@ from twisted.internet.task import Clock
 from twisted.web.http_headers import Headers
 
 from llmproxy import config, forward
-from llmproxy.agent import BytesBody
+from llmproxy.agent import BytesBody, CodedAnswer
 from llmproxy.answers import Answer
 from llmproxy.backends import Route
 from llmproxy.billing import NOTHING
@@ -29,7 +29,7 @@ from llmproxy.errors import BackendError, BackendTimeout, BadRequest, Unavailabl
 from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Order, Timing
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import Kind, Outcome, Reading
-from llmproxy.upstream import CodedAnswer, NotSent, Upstream
+from llmproxy.upstream import NotSent, Upstream
 
 SILENCE_S, KEEPALIVE_S, DRAIN_S = 60.0, 15.0, 300.0
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}

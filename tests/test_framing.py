@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmproxy.errors import BadRequest, ExpectationFailed, TargetTooLong
-from llmproxy.framing import MAX_TARGET, check, collected
+from llmproxy.framing import MAX_TARGET, Fields, check, combined
 
 HOST = (b"Host", b"proxy")
 PLAIN = [b"proxy", b"proxy:8080", b"127.0.0.1:1", b"[::1]:8080", b"a_b-c.d~e", b"%41", b""]
@@ -15,13 +15,13 @@ ODD = [
 ]
 
 
-def fields(*sent: tuple[bytes, bytes]) -> dict[bytes, list[bytes]]:
-    return collected(sent)
+def fields(*sent: tuple[bytes, bytes]) -> Fields:
+    return combined(sent)
 
 
-def test_fields_are_found_by_name_in_any_case_and_in_order() -> None:
+def test_fields_are_found_by_name_in_any_case_and_combined_in_order() -> None:
     found = fields((b"A", b" 1\t"), (b"b", b""), (b"a", b"2"))
-    assert found == {b"a": [b"1", b"2"], b"b": [b""]}
+    assert found == {b"a": b"1, 2", b"b": b""}
 
 
 @pytest.mark.parametrize("host", PLAIN)

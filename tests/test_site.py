@@ -520,7 +520,7 @@ def test_requests_are_the_same_in_any_split(server, size):
         request_bytes(b"/1", b"abc") + request_bytes(b"/2", b"", CHUNKED) + b"2\r\nde\r\n0\r\n\r\n"
     )
     data += request_bytes(b"/3", b"", b"Expect: 100-continue")
-    bodies = []
+    bodies: list[Any] = []
     for start in range(0, len(data), size):
         server.send(data[start : start + size])
         if len(server.requests) > len(bodies) and server.requests[-1].upload.whole:

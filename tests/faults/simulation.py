@@ -214,7 +214,7 @@ class Process:
         self.services.backends.close()
         for transport in list(self.reactor.transports):  # in a fixed order, unlike the site's set
             if transport.protocol in self.site.connections:
-                transport.protocol.loseConnection()
+                transport.protocol.close()
 
     def leftovers(self) -> list[str]:
         """What should be gone after `stop`."""
