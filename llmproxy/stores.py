@@ -22,6 +22,7 @@ from llmproxy.storage import IAccounts, mongo
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
+from llmproxy.storage.turns import Turns
 
 #: How often one process looks for bills of others that write the same journal.
 SHARED_POLL_S = 0.5
@@ -65,6 +66,7 @@ class Stores:
         self._prepared, self._delivers, self._poll_s = prepared, delivers, poll_s
         self._path = database_of(config)
         self._owners = Owners(self._path)
+        self._turns = Turns(self._path)
         self._pools: list[ConnectionPool] = []
         self._mongo: mongo.MongoStore | None = None
         self.delivery: Delivery | None = None
@@ -78,10 +80,12 @@ class Stores:
             prepare(self._path)
         try:
             self._owners.join()
+            if self._prepared:  # for several, who write it all the time
+                self._turns.join()
         except OSError as error:
             raise StorageError(f"database {self._path}: {error.strerror}") from error
         self.ledger = SQLiteLedger(
-            self._pool(),
+            self._turns.around(self._pool()),
             self._reactor,
             self._owners,
             bills_here=not self._config.db.is_mongodb,
@@ -136,4 +140,5 @@ class Stores:
             await self._mongo.close()
         for pool in self._pools:
             pool.close()
+        self._turns.leave()
         self._owners.leave()

@@ -152,7 +152,7 @@ class Experiment:
         for marker, times in log.asked.items():
             if times != 1:
                 findings.note("sent to the backend twice", marker)
-        for file in self.rig.folder.glob("db.sqlite-owners/*"):
+        for file in self.rig.folder.glob("db.sqlite-owners/[!.]*"):
             findings.note("a lock file of the dead", file.name)
         for each in asked:
             if each.status not in (None, 200):
