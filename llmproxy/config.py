@@ -262,6 +262,7 @@ class Config:
     cert: Annotated[Path | None, PATH] = None
     key: Annotated[Path | None, PATH] = None
     listen: Annotated[tuple[str, ...], ENDPOINTS] = ()
+    workers: Annotated[int, _whole(1, 1024)] = 1
     timeout_connect: Annotated[float, TIMEOUT] = 5.0
     timeout_read: Annotated[float, TIMEOUT] = 60.0
     client_max_size: Annotated[int, SIZE] = 2 * GIB

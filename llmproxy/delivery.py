@@ -33,6 +33,8 @@ FLUSH_S = 5.0
 class Delivery(Service):
     """The service that empties an outbox into a sink, in order and one batch at a time.
 
+    `poll_s`: how often it looks for rows of which nobody told it.
+
     For metrics: `delivered_total` (events), `failures_total` (batches), `backlog_rows` and
     `backlog_age_s` (of the oldest row), the last two at most `POLL_S` old.
     """
@@ -45,6 +47,7 @@ class Delivery(Service):
         sink: IEventSink,
         clock: IReactorTime,
         *,
+        poll_s: float = POLL_S,
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),
     ) -> None:
         self.delivered_total = 0
@@ -54,6 +57,7 @@ class Delivery(Service):
         self._outbox = outbox
         self._sink = sink
         self._clock = clock
+        self._poll_s = poll_s
         self._jitter = jitter
         self._failing = False
         self._stopping = False
@@ -107,7 +111,7 @@ class Delivery(Service):
             if last:
                 return
             if not self._notified:
-                await self._sleep(POLL_S, light=True)
+                await self._sleep(self._poll_s, light=True)
 
     async def _move_batch(self) -> bool:
         """Deliver the oldest rows; False if there was none."""

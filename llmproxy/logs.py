@@ -17,12 +17,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from twisted.application.service import IServiceCollection, MultiService
 from twisted.logger import ILogObserver, LogEvent, LoggingFile, LogLevel, formatEvent
 from twisted.python.components import Componentized
-from zope.interface import implementer
+from zope.interface import directlyProvides, implementer
 
 from llmproxy.errors import ConfigError
 
@@ -39,6 +39,8 @@ _RANKS = {
 # What the libraries say in passing (each connection made and lost) would bury what we say.
 _LIBRARIES = ("twisted.", "treq.", "txmongo.", "log_legacy")
 
+#: The field that tells which worker process says it.
+WORKER = "worker"
 #: Bytes that may wait for a reader who is slow; what comes on top of them is dropped.
 MAX_WAITING = 2**20
 # A pipe of which poll() says that it is writable takes this much without blocking (pipe(7)).
@@ -121,11 +123,16 @@ def _level(event: LogEvent) -> str:
 
 
 def text_format() -> Format:
-    """`TIME LEVEL NAMESPACE  MESSAGE`; the lines of a traceback follow, indented."""
+    """`TIME LEVEL NAMESPACE  MESSAGE`; the lines of a traceback follow, indented.
+
+    A worker's number stands behind its namespace, in brackets.
+    """
     times = _Times()
 
     def line(event: LogEvent) -> str:
         when, where = times(event["log_time"]), event.get("log_namespace", "-")
+        if (worker := event.get(WORKER)) is not None:
+            where = f"{where}[{worker}]"
         first = escape(f"{when} {_level(event)} {where}  {message(event)}")
         trace = _traceback(event)
         if trace is None:
@@ -199,6 +206,11 @@ class DescriptorSink:
         self._poll = None if _is_file(descriptor) else select.poll()
         if self._poll:
             self._poll.register(descriptor, select.POLLOUT)
+
+    @property
+    def descriptor(self) -> int:
+        """Where it writes."""
+        return self._descriptor
 
     def write(self, entry: bytes) -> None:
         """Write what waits, then `entry`."""
@@ -329,6 +341,16 @@ class Observer:
         )
 
 
+def of_worker(number: int, observer: ILogObserver) -> ILogObserver:
+    """An observer that tells `observer` which worker it is that says something."""
+
+    def observe(event: LogEvent) -> None:
+        observer({**event, WORKER: number})
+
+    directlyProvides(observe, ILogObserver)
+    return cast(ILogObserver, observe)
+
+
 def observer(stream: IO[str] | IO[bytes] | None, log_format: str, level: str) -> Observer:
     """An observer that writes to `stream` as `log_format` (`text`, `json`) has it.
 
@@ -340,6 +362,12 @@ def observer(stream: IO[str] | IO[bytes] | None, log_format: str, level: str) ->
 
 def _line_format(name: str) -> Format:
     return json_format() if name == "json" else text_format()
+
+
+def descriptor_of(observer: ILogObserver | None) -> int:
+    """Where an observer writes, for other processes to write there too; else stdout."""
+    sink = observer.sink if isinstance(observer, Observer) else None
+    return sink.descriptor if isinstance(sink, DescriptorSink) else 1
 
 
 def twistd_observer(

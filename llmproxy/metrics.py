@@ -4,6 +4,9 @@ The numbers are kept in cells of our own, which prometheus_client's collectors r
 its own histograms take a lock for every value and try bucket after bucket, which is too much for
 something that happens on each chunk of each answer. All of this belongs to the reactor's thread.
 
+With several worker processes each counts for itself: `snapshot` is what one of them tells the
+supervisor, and `show` makes the supervisor's own metrics those of all (see `totals.py`).
+
 No label is taken from a client as it is: what is not in a list that is fixed at start, or at a
 reload, is counted as `other`.
 """
@@ -12,9 +15,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -29,12 +32,20 @@ from prometheus_client.utils import floatToGoString
 
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.model import Counts, Kind, State
+from llmproxy.totals import Numbers, Snapshot
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 OTHER = "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MODELS_PATH = "/v1/models"
+#: What is not counted by workers, but by the one who speaks for all.
+OF_THE_WHOLE = frozenset(
+    {
+        *("llmproxy_backend_up", "llmproxy_build_info"),
+        *("llmproxy_workers", "llmproxy_worker_restarts"),
+    }
+)
 PATHS = frozenset({*ENDPOINTS, MODELS_PATH})
 #: What can go wrong with a backend: no connection, no answer in time, and the outcomes.
 ERROR_TYPES = frozenset({"connect", "timeout", "refused", "truncated", "stalled", "backend_failed"})
@@ -70,6 +81,14 @@ class Count:
         """Count `amount` more."""
         self.value += amount
 
+    def numbers(self) -> Numbers:
+        """See `totals.py`."""
+        return [self.value]
+
+    def load(self, numbers: Numbers) -> None:
+        """The inverse of `numbers`."""
+        [self.value] = numbers
+
 
 class Gauge:
     """One number as it is now: set at each change, or asked for at each scrape."""
@@ -95,6 +114,14 @@ class Gauge:
         except Exception:
             return math.nan
 
+    def numbers(self) -> Numbers:
+        """See `totals.py`."""
+        return [self.now()]
+
+    def load(self, numbers: Numbers) -> None:
+        """The inverse of `numbers`."""
+        [self.value] = numbers
+
 
 class Distribution:
     """How many values fell into each bucket, and their sum."""
@@ -111,24 +138,42 @@ class Distribution:
         self._buckets[bisect_left(self._bounds, value)] += 1
         self.total += value
 
+    def numbers(self) -> Numbers:
+        """See `totals.py`."""
+        return [*self._buckets, self.total]
+
+    def load(self, numbers: Numbers) -> None:
+        """The inverse of `numbers`."""
+        *buckets, self.total = numbers
+        self._buckets = [int(each) for each in buckets]
+
     def cumulative(self) -> list[tuple[str, float]]:
         """The `le` labels with their cumulative counts, `+Inf` last."""
         bounds = map(floatToGoString, (*self._bounds, math.inf))
         return list(zip(bounds, accumulate(self._buckets), strict=True))
 
 
-Cell = TypeVar("Cell")
+Cell = TypeVar("Cell", Count, Gauge, Distribution)
+
+
+class _Registry(CollectorRegistry):
+    """A registry that knows its metrics by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.families: dict[str, _Cells[Any]] = {}
 
 
 class _Cells(Collector, Generic[Cell]):
     """The cells of one metric, by their label values."""
 
     def __init__(
-        self, registry: CollectorRegistry, name: str, text: str, labels: Sequence[str] = ()
+        self, registry: _Registry, name: str, text: str, labels: Sequence[str] = ()
     ) -> None:
         self._name, self._text, self._labels = name, text, labels
         self.cells: dict[tuple[str, ...], Cell] = {}
         registry.register(self)
+        registry.families[name] = self
 
     def cell(self, *values: str) -> Cell:
         """The cell with these label values, made where it isn't there yet."""
@@ -139,6 +184,15 @@ class _Cells(Collector, Generic[Cell]):
 
     def _new(self) -> Cell:
         raise NotImplementedError
+
+    def numbers(self) -> dict[tuple[str, ...], Numbers]:
+        """What each cell holds."""
+        return {values: cell.numbers() for values, cell in self.cells.items()}
+
+    def load(self, numbers: Mapping[tuple[str, ...], Numbers]) -> None:
+        """The inverse of `numbers`; cells that are not in it stay as they are."""
+        for values, each in numbers.items():
+            self.cell(*values).load(each)
 
 
 class _Counters(_Cells[Count]):
@@ -166,7 +220,7 @@ class _Gauges(_Cells[Gauge]):
 class _Histograms(_Cells[Distribution]):
     def __init__(
         self,
-        registry: CollectorRegistry,
+        registry: _Registry,
         name: str,
         text: str,
         bounds: Sequence[float],
@@ -185,10 +239,41 @@ class _Histograms(_Cells[Distribution]):
         yield family
 
 
+class _Process(Collector):
+    """What the kernel says of this process; or of more of them, once that was given to `load`."""
+
+    def __init__(self, registry: _Registry) -> None:
+        self._collector = ProcessCollector(registry=None)
+        self._shown: dict[str, float] = {}
+        registry.register(self)
+
+    def snapshot(self) -> Snapshot:
+        """This process's numbers."""
+        counts: dict[str, Mapping[tuple[str, ...], Numbers]] = {}
+        gauges: dict[str, Mapping[tuple[str, ...], Numbers]] = {}
+        for family in self._collector.collect():
+            kind = counts if family.type == "counter" else gauges
+            kind[family.name] = {(): [family.samples[0].value]}
+        return Snapshot(counts, gauges)
+
+    def load(self, snapshot: Snapshot) -> None:
+        """Show these numbers from now on."""
+        for name, cells in [*snapshot.counts.items(), *snapshot.gauges.items()]:
+            if name.startswith("process_"):
+                [self._shown[name]] = cells[()]
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._collector.collect():
+            shown = self._shown.get(family.name)
+            if shown is not None:
+                family.samples = [each._replace(value=shown) for each in family.samples]
+            yield family
+
+
 class _PerBackend:
     """The metrics that have a cell for each backend."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: _Registry) -> None:
         model = ["model"]
         self.requests = _Counters(
             registry,
@@ -288,7 +373,7 @@ class Metrics:
     """
 
     def __init__(self, version: str, models: Iterable[str] = ()) -> None:
-        self._registry = registry = CollectorRegistry()
+        self._registry = registry = _Registry()
         self._front(registry)
         self._families = _PerBackend(registry)
         self._up = _Gauges(
@@ -300,12 +385,13 @@ class Metrics:
         self._ledger(registry)
         build = _Gauges(registry, "llmproxy_build_info", "The proxy's version.", ["version"])
         build.cell(version).set(1)
-        ProcessCollector(registry=registry)
+        self._workers(registry)
+        self._process = _Process(registry)
         self._other = BackendMetrics(self._families, OTHER)
         self._backends: dict[str, BackendMetrics] = {}
         self.set_models(models)
 
-    def _front(self, registry: CollectorRegistry) -> None:
+    def _front(self, registry: _Registry) -> None:
         self._requests = _Counters(
             registry,
             "llmproxy_requests",
@@ -323,7 +409,7 @@ class Metrics:
             registry, "llmproxy_active_requests", "Requests of clients in flight."
         ).cell()
 
-    def _ledger(self, registry: CollectorRegistry) -> None:
+    def _ledger(self, registry: _Registry) -> None:
         self._rows = _Counters(
             registry, "llmproxy_ledger_rows", "Ledger rows that came into a state.", ["state"]
         )
@@ -350,6 +436,15 @@ class Metrics:
             registry,
             "llmproxy_delivery_backlog_age_seconds",
             "Age of the oldest event that waits for delivery.",
+        ).cell()
+
+    def _workers(self, registry: _Registry) -> None:
+        #: Processes that serve.
+        self.workers = _Gauges(registry, "llmproxy_workers", "Worker processes that serve.").cell()
+        self.workers.set(1)
+        #: How often a worker had to be started again.
+        self.worker_restarts = _Counters(
+            registry, "llmproxy_worker_restarts", "Worker processes that ended and were replaced."
         ).cell()
 
     def set_models(self, models: Iterable[str]) -> None:
@@ -390,6 +485,32 @@ class Metrics:
     def ledger_rows(self, state: State, count: int = 1) -> None:
         """So many ledger rows came into `state`."""
         self._rows.cell(state.value).value += count
+
+    def snapshot(self) -> Snapshot:
+        """All that this process has counted, and what the kernel says of it."""
+        process = self._process.snapshot()
+        return Snapshot(
+            {**self._numbers(_Counters, _Histograms), **process.counts},
+            {**self._numbers(_Gauges), **process.gauges},
+        )
+
+    def _numbers(self, *kinds: type) -> dict[str, Mapping[tuple[str, ...], Numbers]]:
+        return {
+            name: family.numbers()
+            for name, family in self._registry.families.items()
+            if isinstance(family, kinds) and name not in OF_THE_WHOLE
+        }
+
+    def process_snapshot(self) -> Snapshot:
+        """What the kernel says of this process."""
+        return self._process.snapshot()
+
+    def show(self, whole: Snapshot) -> None:
+        """Show these numbers: those of several processes, added up."""
+        for name, cells in [*whole.counts.items(), *whole.gauges.items()]:
+            if (family := self._registry.families.get(name)) is not None:
+                family.load(cells)
+        self._process.load(whole)
 
     def exposition(self) -> bytes:
         """All metrics in the text format, version 0.0.4 (`CONTENT_TYPE`)."""

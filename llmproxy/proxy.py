@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 from OpenSSL import crypto
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -21,7 +21,7 @@ from llmproxy.admin import AdminSite, admin_resource
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
-from llmproxy.config import Config
+from llmproxy.config import Backend, Config
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
 from llmproxy.health import HealthChecks, agent_fetch
@@ -93,15 +93,13 @@ class Proxy(logs.LoggingService):
         self.backends.swap(self.config.backends)
         self._services = services = self._make_services()
         services.checkpoints.setServiceParent(self)
-        self._health = HealthChecks(
-            self.backends.all(),
-            agent_fetch(lambda backend: self.backends.find(backend.name).upstream.agent),
-            self._reactor,
-            self.metrics.backend_up,
-        )
-        self._health.setServiceParent(self)
+        self._health = health_checks(self.backends, self._reactor, self.metrics)
+        self._check_backends()
         await self._listen(services)
         self._announce()
+
+    def _check_backends(self) -> None:
+        self._health.setServiceParent(self)
 
     def _make_services(self) -> Services:
         clock = self._timeouts
@@ -123,9 +121,10 @@ class Proxy(logs.LoggingService):
 
     async def _listen(self, services: Services) -> None:
         exposition = self.metrics.exposition if self.config.metrics.enabled else None
-        admin = admin_resource(self._checks, lambda: self._health.states, exposition)
+        admin = admin_resource(self.checks, lambda: self._health.states, exposition)
         for text in self.config.admin.listen:
-            self.admin_ports.append(await self._open_port(text, AdminSite(admin, self._reactor)))
+            site = AdminSite(admin, self._reactor)
+            self.admin_ports.append(await open_port(self._reactor, text, site))
         self._site = Site(
             make_root(services, int(time.time())),
             self._timeouts,
@@ -133,20 +132,14 @@ class Proxy(logs.LoggingService):
             monotonic=time.monotonic,
             origin=self.config.http_origin,
         )
+        await self._open_public(self._site)
+
+    async def _open_public(self, site: Site) -> None:
         for text in public_endpoints(self.config):
-            self.ports.append(await self._open_port(text, self._site))
+            self.ports.append(await open_port(self._reactor, text, site))
 
-    async def _open_port(self, text: str, site: Any) -> IListeningPort:
-        site.noisy = False
-        try:
-            port: IListeningPort = await serverFromString(self._reactor, text).listen(site)
-        except CannotListenError as error:
-            raise ConfigError(f"can't listen on {text}: {error.socketError}") from None
-        except (ValueError, TypeError, KeyError, IndexError, OSError, crypto.Error) as error:
-            raise ConfigError(f"can't listen on {text}: {error}") from None
-        return port
-
-    def _checks(self) -> dict[str, bool | str]:
+    def checks(self) -> dict[str, bool | str]:
+        """What `/readyz` says of this process."""
         services = self._services
         return {
             "serving": services is not None and not services.draining,
@@ -157,23 +150,10 @@ class Proxy(logs.LoggingService):
         }
 
     def _announce(self) -> None:
-        log.info(
-            "llmproxy {version} serves {addresses}; admin site {admin}; store {store};"
-            " backends: {backends}",
-            version=__version__,
-            addresses=", ".join(map(_address, self.ports)),
-            admin=", ".join(map(_address, self.admin_ports)) or "none",
-            store=self.config.db.safe_uri,
-            backends=", ".join(f"{b.name} at {b.url}" for b in self.backends.all()) or "none",
-        )
-        if not self.config.backends:
-            log.warn("no backends are configured: every request gets model_not_found")
+        announce(self.config, self.ports, self.admin_ports)
 
     def _cannot_start(self, failure: Failure) -> None:
-        if failure.check(ConfigError, StorageError):
-            log.critical("can't start: {reason}", reason=str(failure.value))
-        else:
-            log.failure("can't start", failure)
+        tell_why_not_started(failure)
         self.on_failure()
         failure.raiseException()
 
@@ -183,19 +163,10 @@ class Proxy(logs.LoggingService):
         """Read the configuration again and swap the backends; a bad file changes nothing."""
         if self._services is None:
             return
-        try:
-            fresh = self._load()
-            if not fresh.backends and list(self.backends.all()):
-                raise ConfigError("backends: none are left; a file that is cut short looks so")
-            self.backends.swap(fresh.backends)
-        except ConfigError as error:
-            log.error("not reloaded: {reason}", reason="; ".join(str(error).splitlines()))
-            return
-        self.metrics.set_models(fresh.backends)
-        self._health.update(self.backends.all())
-        log.info("reloaded; backends: {backends}", backends=", ".join(fresh.backends) or "none")
-        for name in config.restart_needed(self.config, fresh):
-            log.warn("{setting} has changed; it takes a restart", setting=name)
+        fresh = read_again(self._load, self.config, self.backends)
+        if fresh is not None:
+            self.metrics.set_models(fresh.backends)
+            self._health.update(self.backends.all())
 
     # -- stop ------------------------------------------------------------------------------
 
@@ -209,7 +180,7 @@ class Proxy(logs.LoggingService):
 
     async def _stop(self) -> None:
         services, site = self._services, self._site
-        await DeferredList([_stopped(port) for port in self.ports])
+        await stopped(self.ports)
         if services is not None and site is not None:
             services.draining = True
             for channel in list(site.connections):
@@ -220,10 +191,10 @@ class Proxy(logs.LoggingService):
             self._cut = False
             await self._drain(services, CUT_S)
             await self._disconnect(site)
-        await DeferredList([_stopped(port) for port in self.admin_ports])
+        await stopped(self.admin_ports)
         await self._stop_children()
         self.backends.close()
-        await self.stores.close()
+        await self._close_stores()
         self._timeouts.close()
         log.info("stopped")
 
@@ -244,10 +215,79 @@ class Proxy(logs.LoggingService):
         for channel in list(site.connections):
             channel.abort()
 
+    async def _close_stores(self) -> None:
+        await self.stores.close()
+
     async def _stop_children(self) -> None:
         stopping = super().stopService()
         if stopping is not None:
             await stopping
+
+
+async def open_port(reactor: Any, text: str, factory: Any) -> IListeningPort:
+    """Listen on the endpoint that `text` names. Raises ConfigError."""
+    factory.noisy = False
+    try:
+        port: IListeningPort = await serverFromString(reactor, text).listen(factory)
+    except CannotListenError as error:
+        raise ConfigError(f"can't listen on {text}: {error.socketError}") from None
+    except (ValueError, TypeError, KeyError, IndexError, OSError, crypto.Error) as error:
+        raise ConfigError(f"can't listen on {text}: {error}") from None
+    return port
+
+
+def health_checks(backends: Backends, reactor: Any, metrics: Metrics) -> HealthChecks[Backend]:
+    """The checks of these backends, each through its own connections."""
+    return HealthChecks(
+        backends.all(),
+        agent_fetch(lambda backend: backends.find(backend.name).upstream.agent),
+        reactor,
+        metrics.backend_up,
+    )
+
+
+def read_again(load: Callable[[], Config], running: Config, backends: Backends) -> Config | None:
+    """Read the configuration, and put its backends in force in `backends`.
+
+    None, and nothing has changed, where the file is bad.
+    """
+    try:
+        fresh = load()
+        if not fresh.backends and list(backends.all()):
+            raise ConfigError("backends: none are left; a file that is cut short looks so")
+        backends.swap(fresh.backends)
+    except ConfigError as error:
+        log.error("not reloaded: {reason}", reason="; ".join(str(error).splitlines()))
+        return None
+    log.info("reloaded; backends: {backends}", backends=", ".join(fresh.backends) or "none")
+    for name in config.restart_needed(running, fresh):
+        log.warn("{setting} has changed; it takes a restart", setting=name)
+    return fresh
+
+
+def announce(
+    settings: Config, ports: Iterable[IListeningPort], admin_ports: Iterable[IListeningPort]
+) -> None:
+    """Say that we serve, and where."""
+    log.info(
+        "llmproxy {version} serves {addresses}; admin site {admin}; store {store};"
+        " backends: {backends}",
+        version=__version__,
+        addresses=", ".join(map(_address, ports)),
+        admin=", ".join(map(_address, admin_ports)) or "none",
+        store=settings.db.safe_uri,
+        backends=", ".join(f"{b.name} at {b.url}" for b in settings.backends.values()) or "none",
+    )
+    if not settings.backends:
+        log.warn("no backends are configured: every request gets model_not_found")
+
+
+def tell_why_not_started(failure: Failure) -> None:
+    """One line where the reason is not ours, else a traceback."""
+    if failure.check(ConfigError, StorageError):
+        log.critical("can't start: {reason}", reason=str(failure.value))
+    else:
+        log.failure("can't start", failure)
 
 
 def public_endpoints(settings: Config) -> tuple[str, ...]:
@@ -273,10 +313,6 @@ def _address(port: IListeningPort) -> str:
     return str(getattr(host, "name", host))
 
 
-def _stopped(port: IListeningPort) -> Deferred[None]:
-    stopping = port.stopListening()
-    return stopping if isinstance(stopping, Deferred) else Deferred.fromCoroutine(_nothing())
-
-
-async def _nothing() -> None:
-    """Some ports stop at once."""
+async def stopped(ports: Iterable[IListeningPort]) -> None:
+    """Stop them all; some do it at once, some need a moment."""
+    await DeferredList([maybeDeferred(port.stopListening) for port in ports])

@@ -1,6 +1,6 @@
 """The command line and the signals: what `twistd llmproxy` and `python -m llmproxy` start.
 
-twistd -n llmproxy -c config.toml  -->  Options --> makeService --> Proxy
+twistd -n llmproxy -c config.toml  -->  Options --> makeService --> Proxy, or Supervisor
 SIGHUP --> Proxy.reload    SIGTERM, SIGINT --> the reactor stops, and the proxy with it
 """
 
@@ -21,6 +21,7 @@ from llmproxy import __version__, config, logs
 from llmproxy.errors import ConfigError
 from llmproxy.proxy import Proxy
 from llmproxy.reactor import install
+from llmproxy.supervisor import Supervisor
 from llmproxy.tryout import make_demo
 
 
@@ -52,16 +53,23 @@ def makeService(options: Options) -> IService:
     if options["create-config"]:
         _create_config(path)
     try:
-        proxy = make_demo(reactor) if options["demo"] else Proxy(lambda: config.load(path), reactor)
+        proxy = make_demo(reactor) if options["demo"] else _make_proxy(path, reactor)
         settings = proxy.config
         proxy.log_observer = logs.twistd_observer(
             options.parent, settings.log_format, settings.log_level
         )
+        if proxy.log_observer is None and settings.workers > 1:
+            raise ConfigError("workers: more than 1 need the log on stdout or in a --logfile")
     except ConfigError as error:
         raise SystemExit(f"llmproxy: {error}") from None
     proxy.on_running = Signals(proxy, reactor).install
     proxy.on_failure = lambda: exit_with(1, reactor)
     return proxy
+
+
+def _make_proxy(path: Path, reactor: Any) -> Proxy | Supervisor:
+    service = Supervisor if config.load(path).workers > 1 else Proxy
+    return service(lambda: config.load(path), reactor)
 
 
 def _create_config(path: Path) -> None:
@@ -77,7 +85,7 @@ def _create_config(path: Path) -> None:
 class Signals:
     """The signals that an operator sends: SIGHUP, SIGTERM, SIGINT."""
 
-    def __init__(self, proxy: Proxy, reactor: Any) -> None:
+    def __init__(self, proxy: Proxy | Supervisor, reactor: Any) -> None:
         self._proxy = proxy
         self._reactor = reactor
         self._stopping = False

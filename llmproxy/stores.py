@@ -15,34 +15,61 @@ from twisted.internet.defer import TimeoutError as DeferTimeoutError
 from twisted.logger import Logger
 
 from llmproxy.config import Config
-from llmproxy.delivery import Delivery
+from llmproxy.delivery import POLL_S, Delivery
 from llmproxy.errors import StorageError
 from llmproxy.model import State
 from llmproxy.storage import IAccounts
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
+from llmproxy.storage.turns import Turns
 
 if TYPE_CHECKING:
     from llmproxy.storage import mongo
 
+#: How often one process looks for bills of others that write the same journal.
+SHARED_POLL_S = 0.5
 #: How long a stop waits for the last commits; what is not written then is found at the next start.
 LAST_COMMITS_S = 10.0
 
 
+def database_of(config: Config) -> Path:
+    """The SQLite file that holds the ledger."""
+    return config.db.sqlite_path or config.ledger.path
+
+
+def prepare_database(config: Config) -> None:
+    """Make and migrate it. Raises StorageError; blocks, so: at start."""
+    prepare(database_of(config))
+
+
 class Stores:
-    """`accounts` and `ledger`, from `open` to `close`."""
+    """`accounts` and `ledger`, from `open` to `close`.
+
+    `prepared`: `prepare_database` has been called. `delivers`: with MongoDB, this is the process
+    that delivers the bills, of which it looks for those of others every `poll_s`.
+    """
 
     log = Logger()
 
     accounts: IAccounts
     ledger: SQLiteLedger
 
-    def __init__(self, config: Config, reactor: Any) -> None:
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        *,
+        prepared: bool = False,
+        delivers: bool = True,
+        poll_s: float = POLL_S,
+    ) -> None:
         self._config = config
         self._reactor = reactor
-        self._path: Path = config.db.sqlite_path or config.ledger.path
+        self._prepared, self._delivers, self._poll_s = prepared, delivers, poll_s
+        self._path = database_of(config)
         self._owners = Owners(self._path)
+        self._turns = Turns(self._path)
         self._pools: list[ConnectionPool] = []
         self._mongo: mongo.MongoStore | None = None
         self.delivery: Delivery | None = None
@@ -52,13 +79,16 @@ class Stores:
 
         Raises ConfigError, StorageError.
         """
-        prepare(self._path)
+        if not self._prepared:
+            prepare(self._path)
         try:
             self._owners.join()
+            if self._prepared:  # for several, who write it all the time
+                self._turns.join()
         except OSError as error:
             raise StorageError(f"database {self._path}: {error.strerror}") from error
         self.ledger = SQLiteLedger(
-            self._pool(),
+            self._turns.around(self._pool()),
             self._reactor,
             self._owners,
             bills_here=not self._config.db.is_mongodb,
@@ -84,7 +114,11 @@ class Stores:
         self._mongo = mongo.connect(self._config.db.uri, self._reactor)
         await self._mongo.start()
         self.accounts = self._mongo.accounts
-        self.delivery = Delivery(self.ledger, self._mongo.events, self._reactor)
+        if not self._delivers:
+            return
+        self.delivery = Delivery(
+            self.ledger, self._mongo.events, self._reactor, poll_s=self._poll_s
+        )
         self.ledger.notify = self.delivery.notify
         self.delivery.startService()
 
@@ -111,4 +145,5 @@ class Stores:
             await self._mongo.close()
         for pool in self._pools:
             pool.close()
+        self._turns.leave()
         self._owners.leave()

@@ -47,6 +47,7 @@ def test_every_setting_is_read() -> None:
     text = """
     log_level = "debug"
     log_format = "json"
+    workers = 4
     timeout_connect = 1
     timeout_read = 2.5
     client_max_size = 100
@@ -82,6 +83,7 @@ def test_every_setting_is_read() -> None:
     assert parse(text) == Config(
         log_level="DEBUG",
         log_format="json",
+        workers=4,
         timeout_connect=1.0,
         timeout_read=2.5,
         client_max_size=100,
@@ -133,6 +135,7 @@ def test_backends_can_not_be_changed() -> None:
         ("port = true", "port: expected a whole number, 0 to 65535, got true"),
         ("port = 8080.0", "port: expected a whole number, 0 to 65535, got 8080.0"),
         ("port = 65536", "port: expected a whole number, 0 to 65535, got 65536"),
+        ("workers = 0", "workers: expected a whole number, 1 to 1024, got 0"),
         (
             "client_max_size = 0",
             "client_max_size: expected a whole number, 1 to 9223372036854775807, got 0",

@@ -167,12 +167,13 @@ def test_systemd_allows_what_tls_needs():
     assert _settings(UNIT).get("MemoryDenyWriteExecute", "no") == "no"
 
 
-def test_the_proxy_serves_on_the_socket_that_systemd_opened(tmp_path: Path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_proxy_serves_on_the_socket_that_systemd_opened(tmp_path: Path, workers: int):
     """As sd_listen_fds(3) has it: the socket is descriptor 3, the variables name the process."""
     admin_port = free_port()
     listen = re.search(r"^listen = .*$", (UNIT.parent / "config.toml").read_text(), re.M)
     assert listen
-    path = _admin_config(tmp_path, admin_port, listen[0])
+    path = _admin_config(tmp_path, admin_port, f"{listen[0]}\nworkers = {workers}")
     script = f"""
         export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=llmproxy.socket
         exec {shlex.quote(sys.executable)} -m llmproxy -c {shlex.quote(str(path))} 3<&"$LISTENER"

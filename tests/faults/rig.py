@@ -27,7 +27,8 @@ START_S = 30.0
 class Rig:
     """A folder with a configuration, a database with the keys of `clients`, and logs.
 
-    command: Python's arguments. around: a command that runs another one, as strace does.
+    command: Python's arguments. around: a command that runs another one, as strace does. workers:
+    as the setting has it.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class Rig:
         clients: int,
         command: Sequence[str],
         around: Sequence[str | Path] = (),
+        workers: int = 1,
     ) -> None:
+        self.workers = workers
         self.folder = folder
         self.config = folder / "config.toml"
         self.database = folder / "db.sqlite"
@@ -66,6 +69,7 @@ class Rig:
         )
         return (
             f'host = "127.0.0.1"\nport = {self.port}\ndrain_deadline = {drain_s}\n'
+            f"workers = {self.workers}\n"
             f'[db]\nuri = "sqlite://{self.database}"\n'
             f'[admin]\nlisten = ["tcp:{self.admin_port}:interface=127.0.0.1"]\n{backends}'
         )

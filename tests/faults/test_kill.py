@@ -88,10 +88,18 @@ class Findings:
 class Experiment:
     """A proxy in a process that is killed, its backend, its clients, and the three records."""
 
-    def __init__(self, folder: Path, command: Sequence[str], seed: int) -> None:
-        self.rig = Rig(folder, clients=CLIENTS, command=command)
+    def __init__(
+        self,
+        folder: Path,
+        command: Sequence[str],
+        seed: int,
+        *,
+        clients: int = CLIENTS,
+        workers: int = 1,
+    ) -> None:
+        self.rig = Rig(folder, clients=clients, command=command, workers=workers)
         self.random = random.Random(seed)
-        self.load = Load(self.rig.port, CLIENTS, Plan(random.Random(seed + 1)))
+        self.load = Load(self.rig.port, clients, Plan(random.Random(seed + 1)))
         self.starts: list[float] = []
         self.findings = Findings()
 
@@ -144,7 +152,7 @@ class Experiment:
         for marker, times in log.asked.items():
             if times != 1:
                 findings.note("sent to the backend twice", marker)
-        for file in self.rig.folder.glob("db.sqlite-owners/*"):
+        for file in self.rig.folder.glob("db.sqlite-owners/[!.]*"):
             findings.note("a lock file of the dead", file.name)
         for each in asked:
             if each.status not in (None, 200):
@@ -174,13 +182,15 @@ class Experiment:
             (each.client, each.generation): each for each in self.load.asked if each.rid is None
         }
         for row in rows.values():
-            generation = sum(start <= row.opened for start in self.starts) - 1
-            request = known.get(row.rid) or headless.get((int(row.key), generation))
+            request = known.get(row.rid) or headless.get((int(row.key), self._generation(row)))
             if request is None:
                 self.findings.note("a row of no request", str(row))
             else:
                 assigned.setdefault(request.marker, []).append(row)
         return assigned
+
+    def _generation(self, row: Row) -> int:
+        return sum(start <= row.opened for start in self.starts) - 1
 
     def _check(self, asked: Asked, rows: Sequence[Row], log: BackendLog) -> None:
         note, marker = self.findings.note, asked.marker
@@ -203,7 +213,8 @@ class Experiment:
             note("the bill is not the row's", f"{marker} {row}")
         if asked.finished and asked.status == 200 and row.state != "settled":
             note("finished without a bill", f"{marker} {row.state}")
-        if row.state == "settled" and asked.status in (None, 200):
+        left_unsent = not row.counts and marker not in log.asked and not asked.finished
+        if row.state == "settled" and asked.status in (None, 200) and not left_unsent:
             told = log.told.get(marker)
             if told is None or row.counts != asked.speech.bill(*told):
                 note("settled with another number than the backend's", f"{marker} {row} {told}")

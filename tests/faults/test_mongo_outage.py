@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from load import Asked, Load, Plan, until
 from mongod import Mongod, ReplicaSet
 from rig import Rig
 from server_process import get_status
+from speech import BY_PATH, Speech
 
 from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, State
 from llmproxy.storage.journal import OPEN_ROW, close_row
@@ -44,10 +46,13 @@ PASSWORD = "for-a-test"
 class MongoRig(Rig):
     """A proxy whose keys and bills are in a MongoDB, with its journal in its folder."""
 
-    def __init__(self, folder: Path, client: mongod.Client, address: str) -> None:
+    def __init__(
+        self, folder: Path, client: mongod.Client, address: str, *, workers: int = 1
+    ) -> None:
         self._client = client
         self._uri = f"mongodb://llmproxy:{PASSWORD}@{address}/?authSource=cgc"
-        super().__init__(folder, clients=CLIENTS + STRANGERS, command=["-m", "llmproxy"])
+        keys = CLIENTS + STRANGERS
+        super().__init__(folder, clients=keys, command=["-m", "llmproxy"], workers=workers)
         self.database = folder / "ledger.sqlite"
 
     def _add_keys(self, clients: int) -> None:
@@ -103,8 +108,10 @@ class MongoRig(Rig):
 class Trial:
     """A proxy, its backend, its clients and its MongoDB through an outage."""
 
-    def __init__(self, folder: Path, client: mongod.Client, address: str) -> None:
-        self.rig = MongoRig(folder, client, address)
+    def __init__(
+        self, folder: Path, client: mongod.Client, address: str, *, workers: int = 1
+    ) -> None:
+        self.rig = MongoRig(folder, client, address, workers=workers)
         plan = Plan(random.Random(1), max_tokens=8, max_ms=20)
         self.load = Load(self.rig.port, CLIENTS, plan)
         self.strangers: list[Asked] = []
@@ -418,3 +425,53 @@ def test_a_backlog_of_hours_is_delivered_once_and_in_bounded_memory(
     assert events.count_documents({}) == 2 * BACKLOG_ROWS
     assert total[0]["sum"] == BACKLOG_ROWS * (BACKLOG_ROWS + 1) // 2 + BACKLOG_ROWS
     assert figures["peak_kib"] - figures["idle_kib"] < 20 * 1024
+
+
+class OneLongStream(Plan):
+    """Every request is for one that takes more than a second."""
+
+    def pick(self) -> tuple[Speech, bool, int, int]:
+        return BY_PATH["/v1/chat/completions"], True, 24, 60
+
+
+async def stream_of_worker_1(rig: Rig) -> Load:
+    """A client whose stream is with worker 1 and goes on for a while."""
+    rid = re.findall(r"\[1\]  complete (\S+)", rig.output())[-1]
+    [(owner,)] = rig.query(f"SELECT owner FROM ledger WHERE rid = '{rid}'")
+    while True:
+        load = Load(rig.port, 1, OneLongStream(random.Random(3)))
+        load.generation = 99
+        load.start()
+        await until(lambda: bool(rig.open_rows()), 5, "its row")
+        if rig.query("SELECT owner FROM ledger WHERE state = 'open'") == [(owner,)]:
+            return load
+        await load.stop()
+        await until(lambda: not rig.open_rows(), 5, "its end")
+
+
+@pytest.mark.timeout(180)
+def test_of_several_workers_one_delivers_the_bills_of_all_and_leaves_last(
+    tmp_path: Path, server: Mongod
+) -> None:
+    trial = Trial(tmp_path, server.client(), server.address, workers=2)
+    rig = trial.rig
+
+    async def story(url: str) -> None:
+        rig.configure(url, drain_s=10)
+        async with rig.running() as process:
+            trial.load.start()
+            await trial.all_known()
+            for number in (0, 1):
+                await until(lambda n=number: f"[{n}]  complete" in rig.output(), 20, "both")  # type: ignore[misc]
+            await trial.delivered()
+            last = await stream_of_worker_1(rig)
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, 20) == 0
+            await last.wait()
+            assert last.asked[0].finished
+            assert not rig.undelivered()
+            assert last.asked[0].rid in rig.bills()
+
+    with rig.backend() as url:
+        asyncio.run(story(url))
+    assert "Traceback" not in rig.output()

@@ -1,4 +1,7 @@
-"""The process as an operator meets it: stop, stop now, reload, and a start that can't be."""
+"""The process as an operator meets it: stop, stop now, reload, and a start that can't be.
+
+With one process and with workers alike, but for what is found wrong before that matters.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,13 @@ CLIENTS = 20
 RELOADS = 2000 if LONG else 200
 
 
+@pytest.fixture(params=[1, 2], ids=["one process", "workers"])
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Rig:
+    return Rig(tmp_path, clients=CLIENTS, command=COMMAND, workers=request.param)
+
+
 @pytest.fixture
-def rig(tmp_path: Path) -> Rig:
+def alone(tmp_path: Path) -> Rig:
     return Rig(tmp_path, clients=CLIENTS, command=COMMAND)
 
 
@@ -296,11 +304,11 @@ def test_an_admin_port_that_is_taken_ends_the_start_with_one_line(rig: Rig) -> N
     ids=["missing", "a folder", "not text", "not TOML", "unknown key", "wrong type", "in a table"],
 )
 def test_a_configuration_that_can_not_be_used_ends_the_start_with_one_line(
-    rig: Rig, spoil: Callable[[Path], object], said: str
+    alone: Rig, spoil: Callable[[Path], object], said: str
 ) -> None:
-    rig.configure(models=())
-    spoil(rig.config)
-    assert said in failed_start(rig)
+    alone.configure(models=())
+    spoil(alone.config)
+    assert said in failed_start(alone)
 
 
 def no_database(path: Path) -> None:
@@ -325,8 +333,18 @@ def not_for_us(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [no_database, a_folder, a_dangling_link, not_for_us])
 def test_a_database_that_can_not_be_used_ends_the_start_with_one_line(
-    rig: Rig, spoil: Callable[[Path], None]
+    alone: Rig, spoil: Callable[[Path], None]
 ) -> None:
+    alone.configure(models=())
+    spoil(alone.database)
+    assert "db.sqlite" in failed_start(alone)
+
+
+def test_what_is_wrong_is_told_once_however_many_workers_there_are(rig: Rig) -> None:
     rig.configure(models=())
-    spoil(rig.database)
+    rig.config.write_text(rig.config.read_text() + "[backends.m]\n")
+    assert "backends.m.url: missing" in failed_start(rig)
+    rig.configure(models=())
+    no_database(rig.database)
+    rig._output.unlink()
     assert "db.sqlite" in failed_start(rig)
