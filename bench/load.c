@@ -24,6 +24,7 @@
 #define PATIENCE_S 30.0       /* how long all may take to end, after they should have */
 #define SIP_BUFFER 4096       /* of a socket that is hardly read: the kernel shall not hide it */
 #define SIP_SEGMENT 1460      /* and what it sends is kept for segments as they are on Ethernet */
+#define TOGETHER (SECOND / 1000) /* between chunks that were held back and came together */
 #define READ_BUFFER (1024 * 1024)
 
 /* -- connections ------------------------------------------------------------------------------ */
@@ -38,7 +39,7 @@ static Usage before, after;
 static nanos began, window_start, window_end;
 static bool in_window, window_over, sipping;
 static Histogram latency, gaps, first;
-static long completed, completed_all, lost, failed, wrong, chunks, reconnects;
+static long completed, completed_all, lost, failed, wrong, chunks, reconnects, together;
 
 static void hang_up(Connection *c) {
     if (c->fd >= 0) close(c->fd);
@@ -128,7 +129,10 @@ static void refused(const Connection *c) {
 
 static void chunk_came(Connection *c, nanos now) {
     if (!c->chunks++) record(&first, now - c->start);
-    else if (in_window) record(&gaps, now - c->last);
+    else if (in_window) {
+        record(&gaps, now - c->last);
+        together += now - c->last < TOGETHER;
+    }
     if (in_window) chunks++;
     c->last = now;
 }
@@ -297,8 +301,9 @@ static void report(void) {
            completed_all, lost, failed, wrong, reconnects);
     if (first.count)
         printf(",\"ttft_p50\":%.1f,\"ttft_p99\":%.1f,\"gap_p50\":%.1f,\"gap_p99\":%.1f,"
-               "\"gap_max\":%.1f", quantile(&first, .5), quantile(&first, .99),
-               quantile(&gaps, .5), quantile(&gaps, .99), (double)gaps.largest / 1000);
+               "\"gap_max\":%.1f,\"together_pct\":%.2f", quantile(&first, .5), quantile(&first, .99),
+               quantile(&gaps, .5), quantile(&gaps, .99), (double)gaps.largest / 1000,
+               gaps.count ? 100 * (double)together / (double)gaps.count : 0);
     if (!streaming)
         printf(",\"p50\":%.1f,\"p99\":%.1f,\"max\":%.1f", quantile(&latency, .5),
                quantile(&latency, .99), (double)latency.largest / 1000);

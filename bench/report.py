@@ -54,6 +54,8 @@ def brief(figures: Mapping[str, float]) -> str:
     if "ttft_p50" in figures:
         words.append(f"first {_ms(figures['ttft_p50'])} p99 {_ms(figures['ttft_p99'])} ms")
         words.append(f"gap {_ms(figures['gap_p50'])} p99 {_ms(figures['gap_p99'])} ms")
+        if figures["together_pct"] >= 1:
+            words.append(f"{figures['together_pct']:.0f} % together")
     else:
         words.append(f"p50 {_ms(figures['p50'])} p99 {_ms(figures['p99'])} ms")
     words.append(f"{figures['rss_kib'] / KIB_PER_MIB:.0f} MiB")
@@ -157,6 +159,7 @@ def _growth_rows(result: Result) -> list[tuple[str, Cell]]:
         ("core used, %", "target_cpu_pct", 1.0),
         ("gap p50, ms", "gap_p50", 1e-3),
         ("gap p99, ms", "gap_p99", 1e-3),
+        ("chunks that came with the one before, %", "together_pct", 1.0),
         ("time to first token p50, ms", "ttft_p50", 1e-3),
         ("time to first token p99, ms", "ttft_p99", 1e-3),
         ("memory, MiB", "rss_kib", 1 / KIB_PER_MIB),

@@ -144,7 +144,7 @@ def slow_readers(bench: Bench, chosen: Sequence[Target | None]) -> dict[str, Fig
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="bench/run.py")
-    parser.add_argument("--quick", action="store_true", help="5 minutes instead of 20")
+    parser.add_argument("--quick", action="store_true", help="8 minutes instead of 25")
     parser.add_argument("--litellm", action="store_true", help="measure LiteLLM too")
     parser.add_argument("--only", metavar="NAMES", help="these targets, with commas between them")
     parser.add_argument("--sessions", type=int, help="how often each target is measured")
@@ -218,7 +218,8 @@ def compare(
         runs={},
     )
     if everything:
-        minutes = 2.5 + len(chosen) * (plan.seconds + 4 * plan.sessions + 20) / 60
+        each_s = plan.seconds + 4 * plan.sessions
+        minutes = 1 + plan.sessions / 2 + (len(chosen) * each_s + (len(chosen) - 1) * 80) / 60
         print(f"about {minutes:.0f} minutes")
     if everything or options.slow:
         result.slow.update(slow_readers(bench, chosen))
@@ -246,6 +247,7 @@ def long_run(bench: Bench, folder: Path, options: argparse.Namespace) -> None:
     picture = soak.draw(phases)
     write("soak", soak.to_json(about, phases, wrong), page, picture)
     if options.publish and not wrong:
+        page += "\n![Memory over requests and over streams](soak.svg)\n"
         into_docs("soak", page, "soak.svg", picture)
 
 

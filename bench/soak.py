@@ -164,10 +164,14 @@ def to_json(about: Mapping[str, object], phases: Sequence[Phase], wrong_bills: i
         "wrong_bills": wrong_bills,
         "phases": [asdict(phase) for phase in phases],
         "drifts": {
-            phase.unit: {what: asdict(phase.drift(what)) for what in TITLES} for phase in phases
+            phase.unit: {what: _verdict(phase.drift(what)) for what in TITLES} for phase in phases
         },
     }
     return json.dumps(everything, indent=1) + "\n"
+
+
+def _verdict(moved: Drift) -> dict[str, float]:
+    return {**asdict(moved), "growth": moved.growth, "flat": moved.flat}
 
 
 def draw(phases: Sequence[Phase]) -> str:
