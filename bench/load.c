@@ -21,7 +21,7 @@
 #include "measure.h"
 
 #define SETTLE_S 0.5          /* between the ramp and the window, and a tenth of the ramp more */
-#define PATIENCE_S 30.0       /* how long all may take to end, after they should have */
+#define PATIENCE_S 30.0       /* how long nothing may come of what should have ended by now */
 #define SIP_BUFFER 4096       /* of a socket that is hardly read: the kernel shall not hide it */
 #define SIP_SEGMENT 1460      /* and what it sends is kept for segments as they are on Ethernet */
 #define TOGETHER (SECOND / 1000) /* between chunks that were held back and came together */
@@ -36,7 +36,7 @@ static long wanted, sent, chunks_each;      /* requests in all, so far; chunks o
 static char *key;
 static Connection *connections;
 static Usage before, after;
-static nanos began, window_start, window_end;
+static nanos began, window_start, window_end, last_came;
 static bool in_window, window_over, sipping;
 static Histogram latency, gaps, first;
 static long completed, completed_all, lost, failed, wrong, chunks, reconnects, together;
@@ -164,7 +164,7 @@ static void finish(Connection *c) {
 static void take(Connection *c, size_t most) {
     static char data[65536];
     ssize_t count = recv(c->fd, data, most < sizeof data ? most : sizeof data, 0);
-    if (count > 0) feed(c, data, (size_t)count, now_ns());
+    if (count > 0) feed(c, data, (size_t)count, last_came = now_ns());
     else if (count == 0 || errno != EAGAIN) give_up(c);
 }
 
@@ -200,7 +200,7 @@ static void plan_one(Connection *c) {
 static void plan(void) {
     connections = must_alloc((size_t)connection_count, sizeof *connections);
     active = connection_count;
-    began = now_ns();
+    began = last_came = now_ns();
     double settle_s = mode == STREAMS || mode == SLOW ? SETTLE_S + warm_s / 10 : 0;
     window_start = began + (nanos)((warm_s + settle_s) * SECOND);
     window_end = mode == COUNT ? INT64_MAX : window_start + (nanos)(window_s * SECOND);
@@ -247,17 +247,13 @@ static nanos tick(int *next, nanos now) {
     return due;
 }
 
-/* Whether nothing has come to an end for so long that nothing will. */
+/* Whether nothing has come for so long that nothing will, or streams go on long after their end. */
 static bool stuck(nanos now) {
-    static long ended;
-    static nanos since;
-    double patience_s = PATIENCE_S + (mode == STREAMS ? 0.5 + warm_s / 2 : 0);
-    long now_ended = completed_all + lost + wrong;
-    if (!since || ended != now_ended || (!window_over && mode != COUNT)) {
-        ended = now_ended;
-        since = now;
-    }
-    return now > since + (nanos)(patience_s * SECOND);
+    if (mode != COUNT && !window_over) return false;
+    nanos since = window_over && last_came < window_end ? window_end : last_came;
+    if (now > since + (nanos)(PATIENCE_S * SECOND)) return true;
+    double longest_s = PATIENCE_S + 0.5 + warm_s / 2;
+    return mode == STREAMS && now > window_end + (nanos)(longest_s * SECOND);
 }
 
 static void run(void) {

@@ -14,6 +14,8 @@ from tables import number, table
 RIVALS = ("nginx", "sglang-router", "litellm", "llmproxy-twisted", "llmproxy-uvloop")
 #: Of the core that clients, server and driver share, in percent: above that it may be the limit.
 BUSY_PCT = 90
+#: Of one core, in the median measurement: above that nothing is as it should be.
+NOISE_PCT = 20
 
 RATIOS: tuple[tuple[str, Cell], ...] = (
     ("requests/s, 32 connections", plain("closed-32", "per_s")),
@@ -113,13 +115,20 @@ def _warnings(result: Result) -> list[str]:
         for measurement, figures in medians(result.runs, name).items()
         if "load_cpu_pct" in figures and _other_core(figures) > BUSY_PCT
     ]
-    if not found:
-        return []
-    return [
-        f"WARNING: clients and server used more than {BUSY_PCT} % of their core, so that the proxy"
-        f" may have been faster than they: {', '.join(found)}. CPU per request and per chunk are"
-        " not touched by that."
-    ]
+    warnings = []
+    if found:
+        warnings.append(
+            f"WARNING: clients and server used more than {BUSY_PCT} % of their core, so that the"
+            f" proxy may have been faster than they: {', '.join(found)}. CPU per request and per"
+            " chunk are not touched by that."
+        )
+    foreign = _each(result, "others_pct")
+    if foreign and statistics.median(foreign) > NOISE_PCT:
+        warnings.append(
+            "WARNING: other processes took so much of the machine that no figure is right but"
+            " those of memory."
+        )
+    return warnings
 
 
 def _table(rows: list[tuple[str, Cell]], result: Result, names: list[str]) -> str:

@@ -157,6 +157,17 @@ def test_the_report_says_whose_limit_it_was():
     assert "nginx in closed-32 (95 %)" in report.text(result)
 
 
+def test_the_report_says_that_the_machine_was_not_its_own():
+    result = a_result()
+    for figures in result.runs["llmproxy"][0].values():
+        figures["others_pct"] = 90
+    assert "WARNING" not in report.text(result)  # in a few measurements
+    for name in ("nginx", "direct"):
+        for figures in result.runs[name][0].values():
+            figures["others_pct"] = 60
+    assert "other processes took so much" in report.text(result)
+
+
 def test_the_report_has_a_column_for_each_target_and_all_figures_are_in_the_json():
     result = a_result(sessions=2)
     assert "|  direct | llmproxy |  nginx | sglang-router |" in report.text(result)
