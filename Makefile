@@ -25,7 +25,7 @@ check: $(VENV)/installed-dev mongod
 faults: $(VENV)/installed-dev mongod
 	LLMPROXY_FAULTS=long $(BIN)/python -m pytest tests/faults
 
-# What the proxy costs, beside nginx and sglang-router: a quarter of an hour, or `make bench BENCH=--quick`.
+# What the proxy costs, beside nginx and sglang-router: 25 minutes, or `make bench BENCH=--quick`.
 # Needs Linux with two cores and gcc, and wants nginx-light. docs/performance.md tells more.
 BENCH ?=
 .PHONY: bench

@@ -5,12 +5,14 @@
  * POST anything       a JSON answer with usage; with "stream":true an event stream of
  *                     `max_completion_tokens` chunks, the first at once, and the usage chunk if
  *                     the body asks for it
- * GET /set?rate=R     from now on streams send R chunks a second (answers 200)
+ * GET /set?rate=R     from now on streams send R chunks a second, 0: as many as are taken (answers
+ *                     200); with &buffer=B the kernel keeps no more than about B bytes of them
  * GET /stats          what was answered so far: its own count of requests and tokens, as JSON
  * GET anything else   200, so that health checks are content
  *
  * Everything is rendered before it is needed, one thread serves all with epoll, and the chunks that
- * are due next stand in a heap.
+ * are due next stand in a heap. A stream whose last chunk was not taken yet leaves the heap until
+ * it is: it is held up.
  */
 #include "common.h"
 
@@ -25,7 +27,7 @@ typedef struct Connection {
     int left;                 /* chunks to be sent yet */
     int sent;                 /* chunks sent */
     int prompt;
-    bool usage, writing, closed;
+    bool usage, writing, closed, held;
     char *in;
     size_t in_length, in_room;
     char *out;
@@ -35,11 +37,12 @@ typedef struct Connection {
 
 static int poller;
 static double rate = 20;
+static int buffer;           /* of the kernel for a stream; 0: as it comes */
 static Connection **heap;
 static size_t heap_length, heap_room = 1024;
 static Connection *dead;      /* freed after the round, as events may still name them */
 static struct {
-    long requests, streams, chunks, prompt, completion, broken;
+    long requests, streams, chunks, prompt, completion, broken, held;
 } stats;
 
 /* -- the heap of streams, by `due` ------------------------------------------------------------ */
@@ -91,7 +94,8 @@ static void heap_remove(Connection *c) {
 
 static void lose(Connection *c) {
     if (c->closed) return;
-    if (c->slot) stats.broken++;
+    if (c->slot || c->held) stats.broken++;
+    if (c->held) stats.held--;
     heap_remove(c);
     c->closed = true;
     close(c->fd);
@@ -141,7 +145,14 @@ static void flush(Connection *c) {
     }
     c->out_length -= (size_t)written;
     memmove(c->out, c->out + written, c->out_length);
-    if (!c->out_length) want(c, false);
+    if (c->out_length) return;
+    want(c, false);
+    if (c->held) {
+        c->held = false;
+        stats.held--;
+        c->due = now_ns();
+        heap_add(c);
+    }
 }
 
 /* -- answers ---------------------------------------------------------------------------------- */
@@ -153,11 +164,14 @@ static void flush(Connection *c) {
 #define FINISHED EVENT_HEAD "{\"index\":0,\"delta\":{\"content\":\"\"}," \
     "\"logprobs\":null,\"finish_reason\":\"stop\"}]}\n\n"
 
-static char chunk[512], stream_head[1024];
+#define AT_ONCE 16            /* chunks in one piece, for a stream that takes what it can */
+
+static char chunk[512], chunks[AT_ONCE * 512], stream_head[1024];
 static size_t chunk_length, stream_head_length;
 
 static void render(void) {
     chunk_length = (size_t)sprintf(chunk, "%zx\r\n%s\r\n", strlen(CONTENT), CONTENT);
+    for (size_t i = 0; i < AT_ONCE; i++) memcpy(chunks + i * chunk_length, chunk, chunk_length);
     stream_head_length = (size_t)sprintf(
         stream_head,
         "HTTP/1.1 200 OK\r\nServer: bench\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
@@ -208,16 +222,24 @@ static void end_stream(Connection *c) {
 }
 
 static void send_due(Connection *c) {
+    if (c->out_length) {
+        heap_remove(c);
+        c->held = true;
+        stats.held++;
+        return;
+    }
     if (!c->left) {
         end_stream(c);
         return;
     }
-    put(c, chunk, chunk_length);
+    int count = c->interval ? 1 : c->left < AT_ONCE ? c->left : AT_ONCE;
+    put(c, chunks, (size_t)count * chunk_length);
     if (c->closed) return;
-    stats.chunks++;
-    c->left--;
-    c->sent++;
-    c->due += c->interval;
+    stats.chunks += count;
+    c->left -= count;
+    c->sent += count;
+    if (c->interval) c->due += c->interval;
+    else c->due = now_ns() + 1;     /* each in turn */
     sift(c->slot);
 }
 
@@ -228,8 +250,9 @@ static void start_stream(Connection *c, int prompt, int tokens, bool usage) {
     c->usage = usage;
     c->left = tokens - 1;
     c->sent = 1;
-    c->interval = (nanos)(SECOND / rate);
+    c->interval = rate > 0 ? (nanos)(SECOND / rate) : 0;
     c->due = now_ns() + c->interval;
+    if (buffer) setsockopt(c->fd, SOL_SOCKET, SO_SNDBUF, &buffer, sizeof buffer);
     heap_add(c);
     put(c, stream_head, stream_head_length);
 }
@@ -253,13 +276,13 @@ static void get(Connection *c, const char *head) {
     if (strncmp(head, "GET /stats ", 11) == 0) {
         snprintf(body, sizeof body,
             "{\"requests\":%ld,\"streams\":%ld,\"chunks\":%ld,\"prompt\":%ld,\"completion\":%ld,"
-            "\"broken\":%ld}",
+            "\"broken\":%ld,\"held\":%ld}",
             stats.requests, stats.streams, stats.chunks, stats.prompt, stats.completion,
-            stats.broken);
+            stats.broken, stats.held);
         send_json(c, body);
         return;
     }
-    if (sscanf(head, "GET /set?rate=%lf", &rate) == 1 && rate <= 0) rate = 1;
+    sscanf(head, "GET /set?rate=%lf&buffer=%d", &rate, &buffer);
     send_json(c, "{\"object\":\"list\",\"model_path\":\"" MODEL "\",\"is_generation\":true,"
                  "\"data\":[{\"id\":\"" MODEL "\",\"object\":\"model\",\"owned_by\":\"bench\"}]}");
 }
@@ -279,7 +302,7 @@ static void post(Connection *c, const char *body) {
 static bool serve_one(Connection *c) {
     c->in[c->in_length] = 0;
     char *end = strstr(c->in, "\r\n\r\n");
-    if (!end || c->slot || c->closed) return false;
+    if (!end || c->slot || c->held || c->closed) return false;
     char *body = end + 4;
     end[2] = 0;
     const char *length = field(c->in, "Content-Length");

@@ -63,26 +63,37 @@ def rss_kib(pids: list[int]) -> int:
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page_kib for pid in pids)
 
 
+def cpu_s(pid: int) -> float:
+    """The CPU time of a process with all its threads, in seconds; 0 if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_s(wanted: tuple[int, ...]) -> float:
+    """For how long these cores have been busy, all together, in seconds since the machine began."""
+    return sum(_busy_ticks()[core] for core in wanted) / os.sysconf("SC_CLK_TCK")
+
+
 def busy_percent(wanted: tuple[int, ...], seconds: float = 1.0) -> dict[int, float]:
     """How busy these cores are with whatever runs now."""
-
-    def read() -> dict[int, tuple[int, int]]:
-        found = {}
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *values = line.split()
-            if name[:3] == "cpu" and name[3:].isdecimal():
-                ticks = [int(value) for value in values[:8]]
-                found[int(name[3:])] = (sum(ticks) - ticks[3] - ticks[4], sum(ticks))
-        return found
-
-    first = read()
+    first, began = _busy_ticks(), time.monotonic()
     time.sleep(seconds)
-    second = read()
-    busy = {}
-    for core in wanted:
-        total = second[core][1] - first[core][1]
-        busy[core] = 100.0 * (second[core][0] - first[core][0]) / total if total else 0.0
-    return busy
+    second, ticks = _busy_ticks(), (time.monotonic() - began) * os.sysconf("SC_CLK_TCK")
+    return {core: min(100.0, 100 * (second[core] - first[core]) / ticks) for core in wanted}
+
+
+def _busy_ticks() -> dict[int, int]:
+    found = {}
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *values = line.split()
+        if name[:3] == "cpu" and name[3:].isdecimal():
+            ticks = [int(value) for value in values[:8]]
+            found[int(name[3:])] = sum(ticks) - ticks[3] - ticks[4]  # neither idle nor waiting
+    return found
 
 
 def sync_us(folder: Path, times: int = 50) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import importlib.util
 import os
 import re
 import shutil
@@ -36,12 +37,12 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Site:
-    """Where a target is started: its folder, its ports, and the core it runs on."""
+    """Where a target is started: its folder, its ports, and the cores it may run on."""
 
     folder: Path
     port: int
     backend_port: int
-    core: int
+    cores: frozenset[int]
     descriptors: int
 
     @property
@@ -53,7 +54,8 @@ class Site:
 class Target:
     """One proxy. `prepare` raises Missing; `command` writes what it needs and tells how to start.
 
-    most_chunks_per_s: what it is not asked to exceed; it would take for ever.
+    most_chunks_per_s: what it is not asked to exceed; it would take for ever. bills: whether it
+    writes some. processes: how many it has at least, once it is up.
     """
 
     name: str
@@ -61,16 +63,22 @@ class Target:
     command: Callable[[Site], Sequence[str | Path]]
     environment: dict[str, str] = field(default_factory=dict)
     most_chunks_per_s: float = float("inf")
+    bills: bool = False
+    processes: int = 1
     version: str = ""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A target that answers. `pids`: its processes; none where there is no proxy."""
+    """A target that answers. `pid`: its first process; None where there is no proxy."""
 
     port: int
-    pids: list[int]
+    pid: int | None
     folder: Path
+
+    def pids(self) -> list[int]:
+        """All its processes of this moment, the first one first."""
+        return [] if self.pid is None else machine.process_tree(self.pid)
 
 
 # -- llmproxy ----------------------------------------------------------------------------------
@@ -86,11 +94,12 @@ def _llmproxy_version() -> str:
     return done.stdout.strip()
 
 
-def configure_llmproxy(site: Site) -> None:
+def configure_llmproxy(site: Site, workers: int | None = None) -> Path:
     """One backend, SQLite with durable bills, one valid key; everything else as it comes."""
     settings = f"""
 port = {site.port}
 host = "127.0.0.1"
+{"" if workers is None else f"workers = {workers}"}
 [db]
 uri = "sqlite://db.sqlite"
 [admin]
@@ -99,7 +108,8 @@ listen = ["tcp:{machine.free_port()}:interface=127.0.0.1"]
 url = "{site.backend_url}"
 device = "BENCH"
 """
-    (site.folder / "config.toml").write_text(settings)
+    path = site.folder / "config.toml"
+    path.write_text(settings)
     connection = sqlite3.connect(site.folder / "db.sqlite")
     with contextlib.closing(connection), connection:
         connection.executescript((PROJECT / "llmproxy" / "schema.sql").read_text())
@@ -107,21 +117,45 @@ device = "BENCH"
             "INSERT INTO api_key (id, secret, type) VALUES ('bench', ?, 'LLM')",
             (hashlib.sha256(KEY.encode()).hexdigest(),),
         )
+    return path
 
 
-def _llmproxy(site: Site) -> Sequence[str | Path]:
-    configure_llmproxy(site)
-    return [sys.executable, "-m", "llmproxy", "-c", site.folder / "config.toml"]
+def llmproxy(
+    name: str = "llmproxy", switch: tuple[str, str] | None = None, workers: int | None = None
+) -> Target:
+    """The proxy itself; `switch`: a variable of its environment that makes it another one."""
 
-
-def sampled_llmproxy(output: Path) -> Callable[[Site], Sequence[str | Path]]:
-    """The same with a sampler inside, which writes to `output`."""
+    def prepare() -> str:
+        if switch is not None:
+            _check_switch(*switch)
+        return _llmproxy_version()
 
     def command(site: Site) -> Sequence[str | Path]:
-        configure_llmproxy(site)
-        return [sys.executable, HERE / "sampled.py", output, "-c", site.folder / "config.toml"]
+        return [sys.executable, "-m", "llmproxy", "-c", configure_llmproxy(site, workers)]
 
-    return command
+    environment = {"PYTHONPATH": str(PROJECT), **dict([switch] if switch else [])}
+    # Several workers have a process above them.
+    processes = 1 if workers is None or workers < 2 else 1 + workers
+    return Target(name, prepare, command, environment, bills=True, processes=processes)
+
+
+def wrapped_llmproxy(wrapper: str, output: Path) -> Target:
+    """The same, started by a program of this folder that looks inside, and writes to `output`."""
+
+    def command(site: Site) -> Sequence[str | Path]:
+        return [sys.executable, HERE / wrapper, output, "-c", configure_llmproxy(site)]
+
+    environment = {"PYTHONPATH": str(PROJECT)}
+    return Target("llmproxy", _llmproxy_version, command, environment, bills=True)
+
+
+def _check_switch(variable: str, value: str) -> None:
+    """A variable that nobody reads would compare the proxy with itself."""
+    sources = (PROJECT / "llmproxy").rglob("*.py")
+    if not any(variable in source.read_text() for source in sources):
+        raise Missing(f"this llmproxy has no switch {variable}")
+    if value == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        raise Missing("uvloop is not installed: pip install uvloop")
 
 
 # -- the others --------------------------------------------------------------------------------
@@ -240,9 +274,10 @@ general_settings:
 
 
 def all_targets() -> list[Target]:
-    """All but `direct`, which has nothing to start."""
+    """All but `direct`, which has nothing to start. LiteLLM and the variants of llmproxy have to
+    be asked for."""
     return [
-        Target("llmproxy", _llmproxy_version, _llmproxy, {"PYTHONPATH": str(PROJECT)}),
+        llmproxy(),
         Target("nginx", _nginx_version, _nginx),
         Target("sglang-router", _sglang_router_version, _sglang_router),
         Target(
@@ -252,6 +287,8 @@ def all_targets() -> list[Target]:
             {"LITELLM_LOG": "ERROR", "LITELLM_MODE": "PRODUCTION", "NO_PROXY": "127.0.0.1"},
             most_chunks_per_s=500,
         ),
+        llmproxy("llmproxy-twisted", ("LLMPROXY_HTTP", "twisted")),
+        llmproxy("llmproxy-uvloop", ("LLMPROXY_REACTOR", "uvloop")),
     ]
 
 
@@ -260,9 +297,12 @@ def all_targets() -> list[Target]:
 
 @contextlib.contextmanager
 def process(
-    command: Sequence[str | Path], core: int, log: Path, environment: dict[str, str] | None = None
+    command: Sequence[str | Path],
+    cores: frozenset[int],
+    log: Path,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process on one core. At the end it gets SIGTERM; if that is not enough, it is killed."""
+    """A process on these cores. At the end it gets SIGTERM; if that is not enough, it is killed."""
     with log.open("wb") as output:
         started = subprocess.Popen(
             [str(word) for word in command],
@@ -271,7 +311,7 @@ def process(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
     try:
         yield started
@@ -296,9 +336,10 @@ def _stop(started: subprocess.Popen[bytes]) -> None:
 def running(target: Target, site: Site) -> Iterator[Running]:
     """The target, once a request through it is answered."""
     log = site.folder / "target.log"
-    with process(target.command(site), site.core, log, target.environment) as started:
+    with process(target.command(site), site.cores, log, target.environment) as started:
         _wait(started, target.name, site.port, log)
-        yield Running(site.port, machine.process_tree(started.pid), site.folder)
+        _wait_for_processes(started.pid, target)
+        yield Running(site.port, started.pid, site.folder)
 
 
 def _wait(started: subprocess.Popen[bytes], name: str, port: int, log: Path) -> None:
@@ -307,6 +348,15 @@ def _wait(started: subprocess.Popen[bytes], name: str, port: int, log: Path) -> 
         if started.poll() is not None or time.monotonic() > deadline:
             lines = log.read_text(errors="replace").splitlines()
             raise Missing(f"{name} does not start: " + " | ".join(lines[-5:]))
+        time.sleep(0.1)
+
+
+def _wait_for_processes(pid: int, target: Target) -> None:
+    """One of several workers may answer before the others are there."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while (found := len(machine.process_tree(pid))) < target.processes:
+        if time.monotonic() > deadline:
+            raise Missing(f"{target.name} has {found} processes instead of {target.processes}")
         time.sleep(0.1)
 
 
