@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import orjson
 
 from llmproxy.endpoints import Shape
-from llmproxy.model import MAX_COUNT, Counts, Kind
+from llmproxy.model import MAX_COUNT, NO_COUNTS, Counts, Kind
 
 # Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
 _EMBEDDING_SHAPE, _MESSAGES, _RESPONSES = Shape.EMBEDDING, Shape.MESSAGES, Shape.RESPONSES
@@ -34,7 +33,7 @@ class Absurd(ValueError):
 class Report(NamedTuple):
     """A usage report. Absent: no `counts` and no `raw`; absurd: only `raw`, at most 2 KiB."""
 
-    counts: Counts = MappingProxyType({})
+    counts: Counts = NO_COUNTS
     raw: str | None = None
 
 

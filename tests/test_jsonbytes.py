@@ -71,7 +71,7 @@ def test_appending_is_replacing_what_is_not_there(value, style, more):
 @st.composite
 def writings(draw: st.DrawFn) -> bytes:
     """An object in which keys may stand twice, at any level, and with escapes."""
-    style: dict[str, Any] = draw(STYLES)
+    style: Any = draw(STYLES)
     key = TEXT | st.sampled_from(["a", "b", '"', "\\"])
     texts = [
         (json.dumps(draw(key)) if draw(st.booleans()) else '"\\u0061"')

@@ -103,7 +103,7 @@ def running_count_on_disconnect(set_attribute: SetAttribute) -> None:
         if ending.outcome is not Outcome.CLIENT_GONE:
             return ending
         counts = {**ending.reading.counts, Kind.COMPLETION: self._order.meter.content_events}
-        return replace(ending, reading=replace(ending.reading, counts=counts))
+        return replace(ending, reading=ending.reading._replace(counts=counts))
 
     set_attribute(Forward, "run", run_and_forget)
 
