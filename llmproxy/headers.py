@@ -23,7 +23,11 @@ TO_CLIENT = (b"Content-Type", b"Content-Language", b"Retry-After", b"Openai-Proc
 
 def for_backend(client: Headers, content_type: bytes, token: str | None) -> Headers:
     """The header of a request to a backend, with the backend's own credentials."""
-    headers = _copied(client, TO_BACKEND)
+    headers = Headers()
+    for name in TO_BACKEND:
+        values = client.getRawHeaders(name)
+        if values:
+            headers.setRawHeaders(name, values[:1])
     headers.setRawHeaders(b"Content-Type", [content_type])
     if token is not None:
         headers.setRawHeaders(b"Authorization", [b"Bearer " + token.encode()])
@@ -32,16 +36,8 @@ def for_backend(client: Headers, content_type: bytes, token: str | None) -> Head
 
 def for_client(backend: Headers) -> list[tuple[bytes, bytes]]:
     """The fields of a backend's answer that go on to the client."""
-    return [(n, v) for n, values in _copied(backend, TO_CLIENT).getAllRawHeaders() for v in values]
-
-
-def _copied(source: Headers, names: tuple[bytes, ...]) -> Headers:
-    copied = Headers()
-    for name in names:
-        values = source.getRawHeaders(name)
-        if values:
-            copied.setRawHeaders(name, values[:1])
-    return copied
+    found = [(name, backend.getRawHeaders(name)) for name in TO_CLIENT]
+    return [(name, values[0]) for name, values in found if values]
 
 
 def media_type(headers: Headers) -> bytes:
