@@ -8,6 +8,7 @@ remembered for `fresh_s` too, so that a flood of guesses does not become a flood
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from llmproxy.storage import IAccounts
 
 #: Longest key that is looked at; longer ones can't be ours.
 MAX_KEY_BYTES = 512
+_TOKEN = re.compile(rb"[!-~]{1,%d}" % MAX_KEY_BYTES)
 #: How long one look-up may take.
 LOOKUP_TIMEOUT_S = 1.5
 #: How many keys are remembered, found and not found each.
@@ -36,19 +38,15 @@ def key_of(authorization: Sequence[bytes], x_api_key: Sequence[bytes], dialect: 
     `Authorization: Bearer KEY` (RFC 6750 section 2.1); where `dialect` is Anthropic's, `x-api-key:
     KEY` also.
     """
-    if dialect is Dialect.ANTHROPIC and x_api_key and not authorization:
+    if x_api_key and not authorization and dialect is Dialect.ANTHROPIC:
         scheme, key = b"bearer", x_api_key[0]
         several = len(x_api_key) > 1
     else:
         scheme, _, key = (authorization[0] if authorization else b"").partition(b" ")
         several = len(authorization) > 1
-    if several or scheme.lower() != b"bearer" or not _is_token(key):
+    if several or scheme.lower() != b"bearer" or not _TOKEN.fullmatch(key):
         raise InvalidKey("No valid API key was provided: send 'Authorization: Bearer KEY'.")
     return key
-
-
-def _is_token(key: bytes) -> bool:
-    return 0 < len(key) <= MAX_KEY_BYTES and key.isascii() and all(33 <= c < 127 for c in key)
 
 
 @dataclass(slots=True)
@@ -65,6 +63,12 @@ class _Cache(OrderedDict[str, _Known]):
         self[secret_hash] = known
         if len(self) > CACHE_SIZE:
             self.popitem(last=False)
+
+
+def _valid(account: Account | None) -> Account | None:
+    if account is None or account.expires is None or account.expires > utcnow():
+        return account
+    return None
 
 
 class Authenticator:
@@ -90,14 +94,22 @@ class Authenticator:
         """False while the last look-up failed."""
         return self._down_since is None
 
+    def known(self, key: bytes) -> Account | None:
+        """What `authenticate` would give, if it need not ask; None for any other key.
+
+        So it is for nearly all requests, and they need no coroutine for it.
+        """
+        known = self._fresh(hashlib.sha256(key).hexdigest())
+        return _valid(known.account) if known else None
+
     async def authenticate(self, key: bytes) -> Account:
         """The account that `key` belongs to. Raises InvalidKey, Unavailable."""
         secret_hash = hashlib.sha256(key).hexdigest()
         known = self._fresh(secret_hash) or await self._ask(secret_hash)
         if isinstance(known, Unavailable):
             raise known
-        account = known.account
-        if account is None or (account.expires is not None and account.expires <= utcnow()):
+        account = _valid(known.account)
+        if account is None:
             raise InvalidKey
         return account
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 from twisted.internet.defer import Deferred
@@ -252,7 +251,7 @@ class Forward:
             try:
                 answer = self._order.convert(body)
             except BackendError as error:  # the work was done, and gave nothing: not ours to judge
-                unclear = replace(reading, exact=False, raw=reading.raw or "")
+                unclear = reading._replace(exact=False, raw=reading.raw or "")
                 return self._ending(Outcome.BACKEND_FAILED, unclear, error)
         return self._ending(self._or_gone(Outcome.COMPLETE), reading, answer)
 
@@ -357,4 +356,4 @@ def _no_result(reading: Reading) -> Reading:
     """An error event and nothing else is a refusal: there is nothing to charge."""
     if reading.exact or reading.raw is not None or any(reading.counts.values()):
         return reading
-    return replace(reading, counts={}, exact=True)
+    return reading._replace(counts={}, exact=True)

@@ -48,20 +48,33 @@ def _reason(error: ValueError) -> str:
     return "it can't be read"
 
 
-_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+# First as quickly as `re` goes: a quote behind a single backslash is not the end, and one behind
+# another character is. The second half is for any string: with a quote behind more backslashes.
+_STRING = (
+    rb'"(?:[^"]*+(?:"(?<=[^\\]\\")[^"]*+)*+"(?<!\\")'
+    rb'|[^"\\]*+(?:\\.[^"\\]*+)*+")'
+)
+_SPACE = rb"[ \t\r\n]*+"
+_OTHER = rb'[^"{}\[\]]*+'
 
 
 def _balanced(depth: int) -> bytes:
     """A pattern for what can stand between brackets, with up to `depth` levels of its own."""
-    if not depth:
-        return rb'(?:[^"{}\[\]]++|' + _STRING + rb")*+"
-    inner = _balanced(depth - 1)
-    return rb'(?:[^"{}\[\]]++|' + _STRING + rb"|[{\[]" + inner + rb"[}\]])*+"
+    deeper = rb"|[{\[]" + _balanced(depth - 1) + rb"[}\]]" if depth else b""
+    return _OTHER + rb"(?:(?:" + _STRING + deeper + rb")" + _OTHER + rb")*+"
 
 
 # Eight levels in one match: real requests are skipped without a step in Python. Deeper ones cost
 # each byte at most eight looks, so the scan stays linear.
 _NEXT_BRACKET = re.compile(_balanced(8) + rb"([{\[]|[}\]])", re.DOTALL)
+# One member after the other: key, value, the last one's brace. Deeper ones are no members here, but
+# a last match without a key.
+_MEMBER = re.compile(
+    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + _STRING + rb")" + _SPACE + rb":" + _SPACE
+    + rb"(" + _STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + _balanced(8) + rb"[}\]])"
+    + _SPACE + rb"(?:," + _SPACE + rb"|(\})" + _SPACE + rb"\Z)|.++",
+    re.DOTALL,
+)  # fmt: skip
 _OPEN = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*")
 _KEY = re.compile(rb"(" + _STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
 _SCALAR = re.compile(_STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
@@ -74,6 +87,17 @@ def members(raw: bytes) -> list[Member]:
     `raw` must be valid JSON (see `parse_object`): this only finds places. Raises InvalidJSON
     where it can't follow. Linear in time.
     """
+    found: list[Member] = []
+    for match in _MEMBER.finditer(raw):
+        if match[1] is None:
+            break
+        found.append(Member(_decode(match[1]), match.start(1), match.start(2), match.end(2)))
+        if match[3]:
+            return found
+    return _members_at_any_depth(raw)
+
+
+def _members_at_any_depth(raw: bytes) -> list[Member]:
     found: list[Member] = []
     position = _match(_OPEN, raw, 0).end()
     if raw[position : position + 1] == b"}":
@@ -123,6 +147,24 @@ def duplicate(found: Sequence[Member]) -> str | None:
             return member.key
         seen.add(member.key)
     return None
+
+
+def has_duplicates(raw: bytes, value: Mapping[str, object]) -> bool:
+    """Whether `raw`, which was read as `value`, has a key twice, however it is spelled."""
+    found = _MEMBER.findall(raw)
+    count = len(found) if found[-1][2] else len(_members_at_any_depth(raw))
+    return count != len(value)
+
+
+def append(raw: bytes, more: Mapping[str, bytes | None]) -> bytes:
+    """What `replace` gives if none of the keys is there; `raw` must have a member."""
+    added = [b"," + orjson.dumps(key) + b":" + value for key, value in more.items() if value]
+    if not added:
+        return raw
+    end = raw.rindex(b"}")
+    while raw[end - 1] in b" \t\r\n":
+        end -= 1
+    return b"".join([raw[:end], *added, raw[end:]])
 
 
 def replace(

@@ -7,14 +7,22 @@ that a backend could read in another way than we did is refused, not repaired.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from llmproxy.endpoints import Endpoint, Shape
 from llmproxy.errors import BadRequest
-from llmproxy.jsonbytes import InvalidJSON, Member, duplicate, members, parse_object, replace
+from llmproxy.jsonbytes import (
+    InvalidJSON,
+    Member,
+    append,
+    duplicate,
+    has_duplicates,
+    members,
+    parse_object,
+    replace,
+)
 
 #: Longest name of a model, in characters.
 MAX_MODEL = 256
@@ -23,37 +31,45 @@ MAX_MODEL = 256
 # `model`: with the wrong case these are refused, or the bill would be for another model.
 _OURS = frozenset(["model", "stream", "stream_options", "background", "store"])
 _OPTIONS = frozenset(["include_usage", "continuous_usage_stats"])
+# What the options are where the client has none; many have just the first.
+_LAST_COUNT = b'{"include_usage":true}'
+_RUNNING_COUNTS = b'{"include_usage":true,"continuous_usage_stats":true}'
+# Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
+_CHAT, _RESPONSES = Shape.CHAT, Shape.RESPONSES
 
 
-@dataclass(frozen=True, slots=True)
-class JSONRequest:
+class JSONRequest(NamedTuple):
     """A request's body, understood.
 
     `show_usage`, `show_continuous`: the client asked for the usage chunk, for running counts.
     `several`: it may ask for several answers, whose running counts are not those of the whole.
+    `members`: where its members are, if one that could have to be replaced is among them.
     """
 
-    raw: bytes = field(repr=False)
+    raw: bytes
     model: str
     stream: bool = False
     show_usage: bool = False
     show_continuous: bool = False
     several: bool = False
-    members: Sequence[Member] = field(default=(), repr=False)
+    members: Sequence[Member] = ()
+
+    def __repr__(self) -> str:
+        return f"JSONRequest(model={self.model!r}, stream={self.stream})"  # and not the prompt
 
 
 def plan(endpoint: Endpoint, raw: bytes) -> JSONRequest:
     """Read a request's body. Raises BadRequest (400) with the field's name in `param`."""
     try:
         body = parse_object(raw)
-        found = members(raw)
+        _refuse_ambiguous(raw, body, _OURS, "")
+        found = members(raw) if "stream_options" in body or "store" in body else ()
     except InvalidJSON as error:
         raise BadRequest(f"The request body is {error}.") from None
-    _refuse_ambiguous(found, _OURS, "")
     stream = _stream(endpoint, body)
     options = _stream_options(raw, body, found)
     show_usage = options.get("include_usage") is True
-    if endpoint.shape is Shape.RESPONSES and body.get("background") not in (None, False):
+    if endpoint.shape is _RESPONSES and body.get("background") not in (None, False):
         raise BadRequest("'background' is not supported here.", param="background")
     return JSONRequest(
         raw,
@@ -75,19 +91,23 @@ def body_for(
     running counts.
     """
     changes: dict[str, bytes | None] = {}
+    if endpoint.shape is _CHAT and request.stream:
+        changes["stream_options"] = _forced_options(request, continuous)
+    if endpoint.shape is _RESPONSES:
+        changes["store"] = b"false"
     if model is not None and model != request.model:
         changes["model"] = orjson.dumps(model)
-    if endpoint.shape is Shape.CHAT and request.stream:
-        changes["stream_options"] = _forced_options(request, continuous)
-    if endpoint.shape is Shape.RESPONSES:
-        changes["store"] = b"false"
-    if not changes:
-        return request.raw
-    return replace(request.raw, changes, request.members)
+    elif not request.members:
+        return append(request.raw, changes)
+    return replace(request.raw, changes, request.members or None)
 
 
 def _forced_options(request: JSONRequest, continuous: bool) -> bytes:
+    if not request.members:
+        return _RUNNING_COUNTS if continuous else _LAST_COUNT
     raw = _value(request.raw, request.members, "stream_options")
+    if raw == _LAST_COUNT and not continuous:
+        return raw
     forced: dict[str, bytes | None] = {"include_usage": b"true"}
     if continuous:
         forced["continuous_usage_stats"] = b"true"
@@ -97,13 +117,12 @@ def _forced_options(request: JSONRequest, continuous: bool) -> bytes:
     return replace(raw if raw.startswith(b"{") else b"{}", forced)
 
 
-def _refuse_ambiguous(found: Sequence[Member], ours: frozenset[str], prefix: str) -> None:
-    twice = duplicate(found)
-    if twice is not None:
-        name = prefix + twice[:64]
+def _refuse_ambiguous(raw: bytes, value: dict[str, Any], ours: frozenset[str], prefix: str) -> None:
+    if has_duplicates(raw, value):
+        name = prefix + str(duplicate(members(raw)))[:64]
         raise BadRequest(f"The field {name!r} stands twice in the request body.", param=name)
-    for member in found:
-        if member.key not in ours and (name := member.key.casefold()) in ours:
+    for key in value:
+        if key not in ours and (name := key.casefold()) in ours:
             name = prefix + name
             raise BadRequest(f"The field {name!r} must be spelled like this.", param=name)
 
@@ -132,8 +151,8 @@ def _stream_options(raw: bytes, body: dict[str, Any], found: Sequence[Member]) -
         return {}
     if not isinstance(options, dict):
         raise BadRequest("'stream_options' must be an object.", param="stream_options")
-    inner = members(_value(raw, found, "stream_options"))
-    _refuse_ambiguous(inner, _OPTIONS, "stream_options.")
+    inner = _value(raw, found, "stream_options")
+    _refuse_ambiguous(inner, options, _OPTIONS, "stream_options.")
     return options
 
 
@@ -145,6 +164,7 @@ def _value(raw: bytes, found: Sequence[Member], key: str) -> bytes:
 
 
 def _several(body: dict[str, Any]) -> bool:
+    if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
+        return True
     prompt = body.get("prompt")
-    listed = isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
-    return listed or any(body.get(name) not in (None, 1) for name in ("n", "best_of"))
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)

@@ -44,17 +44,33 @@ class Decoder:
     An event that ends in CR at the end of what came is kept until the next byte shows whether
     this CR is the first half of a CRLF; so the events don't depend on how the stream was cut.
     `oversized`: how many events were longer than `max_event` bytes; they come as pieces without
-    data.
+    data. `idle`: all that came was whole events, one at least; what comes now begins one.
     """
 
     def __init__(self, max_event: int = MAX_EVENT) -> None:
         self.oversized = 0
+        self.idle = False
         self._max = max_event
         self._buffer = bytearray()
         self._scan = 0  # no event ends before this offset of the buffer
         self._cr = False  # a CR was seen: line ends can be of all three kinds
         self._fresh = True  # a byte order mark may still come
         self._skipping = False  # inside an event that is too long
+
+    def cut(self, data: bytes) -> list[bytes]:
+        """The raw bytes of the events that `feed` gives, if it takes only empty lines to find them.
+
+        So it is with most reads of a stream: the decoder is `idle`, all lines end in LF, and with
+        `data` an event ends. Otherwise empty, and `data` is still to be fed.
+        """
+        if not (self.idle and data.endswith(b"\n\n")) or len(data) > self._max:
+            return []
+        if data.find(b"\r") >= 0:
+            return []
+        if data.find(b"\n\n") == len(data) - 2:
+            return [data]
+        *raws, rest = data.split(b"\n\n")
+        return [] if rest else [raw + b"\n\n" for raw in raws]
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that are whole with these bytes."""
@@ -67,12 +83,14 @@ class Decoder:
         events = []
         start, scan = 0, self._scan
         while (end := self._end_of_event(source, scan)) > 0:
-            events.append(self._event(bytes(source[start:end])))
+            events.append(self.event(bytes(source[start:end])))
             start = scan = end
         if start == len(source):
             self._buffer.clear()
             self._scan = 0
+            self.idle = not self._fresh
         else:
+            self.idle = False
             self._keep(source, start, events)
         return events
 
@@ -81,7 +99,7 @@ class Decoder:
         rest = bytes(self._buffer)
         self._buffer.clear()
         self._scan = 0
-        return self._event(rest) if rest else None
+        return self.event(rest) if rest else None
 
     def _end_of_event(self, source: bytes | bytearray, scan: int) -> int:
         """Where the event ends that has no end before `scan`, or -1; sets where to go on."""
@@ -113,7 +131,8 @@ class Decoder:
                 del self._buffer[: self._scan]
                 self._scan = 0
 
-    def _event(self, raw: bytes) -> Event:
+    def event(self, raw: bytes) -> Event:
+        """The event of these bytes, which `cut` gave."""
         fresh, self._fresh = self._fresh, False
         if self._skipping or len(raw) > self._max:
             self.oversized += not self._skipping

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from llmproxy.endpoints import Shape
-from llmproxy.model import MAX_COUNT, Counts, Kind
+from llmproxy.model import MAX_COUNT, NO_COUNTS, Counts, Kind
+
+# Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
+_EMBEDDING_SHAPE, _MESSAGES, _RESPONSES = Shape.EMBEDDING, Shape.MESSAGES, Shape.RESPONSES
+_PROMPT, _COMPLETION, _EMBEDDING = Kind.PROMPT, Kind.COMPLETION, Kind.EMBEDDING
 
 #: How much of a usage report that can't be used is kept, in bytes.
 MAX_RAW = 2048
@@ -27,11 +30,10 @@ class Absurd(ValueError):
     """A count that is not an integer from 0 to 2^63-1, or a report without its counts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """A usage report. Absent: no `counts` and no `raw`; absurd: only `raw`, at most 2 KiB."""
 
-    counts: Counts = field(default_factory=dict)
+    counts: Counts = NO_COUNTS
     raw: str | None = None
 
 
@@ -43,7 +45,7 @@ def read_usage(shape: Shape, holder: object) -> Report:
     if not isinstance(holder, dict):
         return ABSENT
     usage = holder.get("usage")
-    if usage is None and shape is Shape.EMBEDDING:
+    if usage is None and shape is _EMBEDDING_SHAPE:
         usage = _cohere_usage(holder.get("meta"))
     if usage is None:
         return ABSENT
@@ -89,21 +91,21 @@ def raw_fragment(data: bytes) -> str | None:
 
 def _counts(shape: Shape, usage: object) -> Counts:
     fields = _fields(usage)
-    if shape is Shape.EMBEDDING:
+    if shape is _EMBEDDING_SHAPE:
         name = "prompt_tokens" if fields.get("prompt_tokens") is not None else "total_tokens"
-        return {Kind.EMBEDDING: _required(fields, name)}
-    if shape is Shape.MESSAGES:
+        return {_EMBEDDING: _required(fields, name)}
+    if shape is _MESSAGES:
         counts = message_fields(fields)
         _required(fields, "input_tokens")
         prompt = total(*(counts.get(name, 0) for name in MESSAGE_INPUT))
-        return {Kind.PROMPT: prompt, Kind.COMPLETION: _required(fields, "output_tokens")}
-    if shape is Shape.RESPONSES:
+        return {_PROMPT: prompt, _COMPLETION: _required(fields, "output_tokens")}
+    if shape is _RESPONSES:
         return _pair(fields, "input_tokens", "output_tokens")
     return _pair(fields, "prompt_tokens", "completion_tokens")
 
 
 def _pair(fields: Mapping[str, Any], prompt: str, completion: str) -> Counts:
-    return {Kind.PROMPT: _required(fields, prompt), Kind.COMPLETION: _required(fields, completion)}
+    return {_PROMPT: _required(fields, prompt), _COMPLETION: _required(fields, completion)}
 
 
 def _fields(usage: object) -> Mapping[str, Any]:

@@ -107,6 +107,39 @@ def test_the_fake_is_what_the_store_is() -> None:
     verifyObject(IAccounts, FakeAccounts())
 
 
+def test_a_key_is_known_for_as_long_as_it_is_believed(gate: Gate) -> None:
+    assert gate.authenticator.known(KEY) is None
+    gate.verdict()
+    assert gate.authenticator.known(KEY) == ALICE
+    gate.clock.advance(0.99)
+    assert gate.authenticator.known(KEY) == ALICE
+    gate.clock.advance(0.01)
+    assert gate.authenticator.known(KEY) is None
+    assert len(gate.accounts.asked) == 1
+
+
+def test_a_key_that_was_not_found_is_not_known(gate: Gate) -> None:
+    assert gate.verdict(b"wrong") is InvalidKey
+    assert gate.authenticator.known(b"wrong") is None
+
+
+def test_a_key_is_known_until_it_expires_and_no_longer(gate: Gate) -> None:
+    ends = datetime.fromtimestamp(START + 0.5, UTC)
+    gate.accounts.add(KEY, Account("id-alice", expires=ends))
+    gate.verdict()
+    gate.clock.advance(0.4)
+    assert gate.authenticator.known(KEY) is not None
+    gate.clock.advance(0.1)
+    assert gate.authenticator.known(KEY) is None
+    assert gate.verdict() is InvalidKey
+
+
+def test_a_key_is_not_known_when_the_clock_was_set_back(gate: Gate) -> None:
+    gate.verdict()
+    gate.clock.rightNow -= 10
+    assert gate.authenticator.known(KEY) is None
+
+
 def test_a_key_is_looked_up_once_a_second(gate: Gate) -> None:
     for _ in range(100):
         assert gate.verdict() == ALICE

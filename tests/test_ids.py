@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import uuid
 
@@ -38,3 +40,20 @@ def test_ids_of_the_same_moment_differ_in_all_their_random_bits(monkeypatch):
     for number in numbers:
         sometimes |= number ^ numbers[0]
     assert sometimes.bit_count() == 74  # 12 + 62: RFC 9562 section 5.7
+
+
+FORKED = """
+import os
+from llmproxy.ids import new_request_id
+new_request_id()
+child = os.fork()
+os.write(1, "".join(new_request_id()[15:] + chr(10) for _ in range(300)).encode())
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_child_process_has_ids_of_its_own():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, check=True)
+    ids = done.stdout.split()
+    assert len(set(ids)) == len(ids) == 600

@@ -5,13 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmproxy.jsonbytes import InvalidJSON, duplicate, members, parse_object, replace
+from llmproxy.jsonbytes import (
+    InvalidJSON,
+    _members_at_any_depth,
+    append,
+    duplicate,
+    has_duplicates,
+    members,
+    parse_object,
+    replace,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 LEAVES = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(-1e9, 1e9) | TEXT
@@ -46,6 +56,42 @@ def test_replacing_changes_one_member_only(value, style, key, new):
     expected = orjson.loads(raw) | {key: orjson.loads(orjson.dumps(new))}
     assert orjson.loads(spliced) == expected
     assert list(orjson.loads(spliced)) == list(expected)
+
+
+@given(OBJECTS, STYLES, st.dictionaries(TEXT, VALUES, max_size=3))
+def test_appending_is_replacing_what_is_not_there(value, style, more):
+    value["also"] = None
+    raw = json.dumps(value, **style).encode() + b" \n"
+    texts: dict[str, bytes | None] = {
+        key: orjson.dumps(each) for key, each in more.items() if key not in value
+    }
+    assert append(raw, texts) == replace(raw, texts)
+
+
+@st.composite
+def writings(draw: st.DrawFn) -> bytes:
+    """An object in which keys may stand twice, at any level, and with escapes."""
+    style: Any = draw(STYLES)
+    key = TEXT | st.sampled_from(["a", "b", '"', "\\"])
+    texts = [
+        (json.dumps(draw(key)) if draw(st.booleans()) else '"\\u0061"')
+        + draw(st.sampled_from([":", " : ", "\n:\t"]))
+        + json.dumps(draw(VALUES | st.text('a"\\\\{}[],:')), **style)
+        for _ in range(draw(st.integers(0, 5)))
+    ]
+    return ("{" + draw(st.sampled_from([",", " , "])).join(texts) + "}").encode()
+
+
+@given(writings(), st.integers(0, 12))
+def test_duplicates_are_seen_in_any_writing(raw, depth):
+    raw = b'{"deep":' + b"[" * depth + raw + b"]" * depth + b"," + raw[1:]
+    try:
+        value = parse_object(raw)
+    except InvalidJSON:
+        return  # a comma too many, as the object was empty
+    assert has_duplicates(raw, value) == (duplicate(members(raw)) is not None)
+    assert list(dict.fromkeys(member.key for member in members(raw))) == list(value)
+    assert members(raw) == _members_at_any_depth(raw)
 
 
 @given(OBJECTS, STYLES, st.lists(TEXT))

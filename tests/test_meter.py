@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from llmproxy.endpoints import Shape
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import MAX_COUNT, Kind, Reading
+from llmproxy.sse import MAX_EVENT, Decoder
 
 P, C, E = Kind.PROMPT, Kind.COMPLETION, Kind.EMBEDDING
 STREAMS = Path(__file__).parent / "streams"
@@ -527,6 +529,133 @@ def test_an_event_that_is_too_long_passes_unread():
 def test_random_bytes_never_raise_and_pass_unchanged(shape, data, show, continuous):
     meter = StreamMeter(shape, show_usage=show, continuous=continuous)
     assert b"".join(run(meter, data)) == data
+
+
+class Plain(Decoder):
+    """A decoder without its short cut."""
+
+    def cut(self, data: bytes) -> list[bytes]:
+        return []
+
+
+def looking_closely(shape: Shape, **options: Any) -> StreamMeter:
+    """A meter that takes the long way for all events."""
+    meter = StreamMeter(shape, **options)
+    meter._decoder = Plain(options.get("max_event", MAX_EVENT))
+    meter._dialect.glance = lambda raw: None  # type: ignore[method-assign]
+    return meter
+
+
+CHAT_FORMS = [
+    b'data: {"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]%s}',
+    b'data: {"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":"stop"}]%s}',
+    b'data: {"choices":[{"index":1,"delta":{"reasoning":"%s","content":null}}]%s}',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"%s"}}]}}]%s}',
+    b'data: {"choices":[{"text":"%s"}],"error":null%s}',
+    b'data: {"content":"%s",","error":1%s}',
+    b'id: 1\ndata: {"choices":[{"text":"%s"}]%s}',
+    b'data: {"choices":[{"text":"%s"}]%s}\nevent: error',
+    b'data: {"content":"%s":"x"%s}',
+    b'data: {"content":"%s",]%s}',
+    b'\xef\xbb\xbfdata: {"content":"%s"%s}',
+]
+NAMED_FORMS = [
+    b'event: content_block_delta\ndata: {"delta":{"text":"%s"}%s}',
+    b"event: content_block_delta\ndata: %s%s",
+    b"event: response.output_text.delta\ndata: %s%s",
+    b"event: response.delta\ndata: %s%s",
+    b"event: response.delta\ndata: %s\ndata: %s",
+    b"event: responses.delta\ndata: %s%s",
+]
+USAGES = [
+    b"",
+    b',"usage":null',
+    b',"usage":null}',
+    b',"usage":{"prompt_tokens":5,"completion_tokens":3}',
+    b',"usage":{}',
+]
+TEXTS = [b"a", b" b", b"", b"usage", b"error", b"errors", b"finish_reason", b"content", b"\\"]
+TEXTS += [b'\\"', b'"', b'","x":"', b'":"', b"\r", b"\n", b"\n\n", b"\xff", b"data: {", b"x" * 40]
+LAST = [b"data: [DONE]\n\n", b"event: message_stop\ndata: {}\n\n"]
+LAST += [sse(chunk("x", usage=usage(5, 3))), sse(final(5, 7)), b"\n", b"event: x\ndata: {}\n\n"]
+
+
+def assert_both_ways_agree(shape: Shape, reads: list[bytes], options: dict[str, Any]) -> None:
+    quick, long = StreamMeter(shape, **options), looking_closely(shape, **options)
+    for read in reads:
+        assert quick.feed(read) == long.feed(read)
+        assert state(quick) == state(long)
+    assert quick.finish() == long.finish()
+    assert state(quick) == state(long)
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [(Shape.CHAT, form) for form in CHAT_FORMS]
+    + [(shape, form) for shape in (Shape.MESSAGES, Shape.RESPONSES) for form in NAMED_FORMS],
+)
+def test_the_quick_way_gives_what_the_long_way_does(shape, form):
+    short: dict[str, Any] = {"max_event": 100}
+    options = [*OPTIONS, short] if shape is Shape.CHAT else [{}, short]
+    for more, text, end in product(USAGES, TEXTS, [b"\n\n", b"\r\n\r\n", b"\r\r"]):
+        first, second = (form % (each, more) + end for each in (b"a", text))
+        for each in options:
+            assert_both_ways_agree(shape, [first, second, first, *LAST, first], each)
+
+
+@given(
+    st.sampled_from([Shape.CHAT, Shape.MESSAGES, Shape.RESPONSES]),
+    st.sampled_from(CHAT_FORMS + NAMED_FORMS),
+    st.sampled_from(USAGES),
+    st.sampled_from([b"\n\n", b"\n\r\n", b"\n\n\n"]),
+    st.lists(st.sampled_from(TEXTS), max_size=9),
+    st.lists(st.integers(0, 900), max_size=5),
+    st.sampled_from(OPTIONS),
+)
+def test_no_cut_makes_the_quick_way_another(shape, form, more, end, texts, cuts, options):
+    events = [form % (text, more) + end for text in texts] + LAST
+    whole = b"".join(events)
+    bounds = sorted({0, *accumulate(map(len, events)), *cuts})
+    assert_both_ways_agree(shape, [whole[a:b] for a, b in pairwise(bounds)], options)
+    bounds = [0, *sorted(cuts), len(whole)]
+    assert_both_ways_agree(shape, [whole[a:b] for a, b in pairwise(bounds)], options)
+
+
+def state(meter: StreamMeter) -> tuple[object, ...]:
+    told = (meter.ended, meter.failed, meter.content_events, meter.oversized)
+    return *told, meter.reading()
+
+
+def glances_of(meter: StreamMeter, stream: bytes) -> int:
+    """How many of the reads, an event each, are dealt with at a glance."""
+    glance, found = meter._dialect.glance, 0
+
+    def counted(raw: bytes) -> bytes | None:
+        nonlocal found
+        shown = glance(raw)
+        found += shown is not None
+        return shown
+
+    meter._dialect.glance = counted  # type: ignore[method-assign]
+    for event in re.findall(rb"(?s).*?\n\n", stream):
+        meter.feed(event)
+    return found
+
+
+# The others have running counts, two answers in turns, tool calls, CRLF, or not many events.
+@pytest.mark.parametrize(
+    "name",
+    [n for n in SHAPES if not n.endswith(("continuous", "choices", "calls", "error", "no_usage"))],
+)
+def test_most_events_of_a_recorded_stream_are_dealt_with_at_a_glance(name):
+    assert glances_of(StreamMeter(SHAPES[name]), stream_of(name)) >= 4
+
+
+def test_a_read_of_one_event_that_stays_as_it_is_is_not_copied():
+    meter = chat()
+    for content in ("a", "b", "c"):
+        event = sse(chunk(content))
+        assert meter.feed(event) is event
 
 
 @given(st.data())

@@ -63,6 +63,22 @@ def test_no_cut_changes_the_events(pieces, data):
     assert decode(stream, cuts) == decode(stream) == one_by_one(stream)
 
 
+@given(
+    st.lists(st.sampled_from([b"\n", b"\n\n", b"\r", b"data: a", b"event: e", b"\xef\xbb\xbf"])),
+    st.data(),
+)
+def test_the_short_cut_gives_the_same_events(pieces, data):
+    stream = b"".join(pieces)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=4).map(sorted))
+    short, long = Decoder(20), Decoder(20)
+    for a, b in pairwise([0, *cuts, len(stream)]):
+        raws = short.cut(stream[a:b])
+        events = [short.event(raw) for raw in raws] if raws else short.feed(stream[a:b])
+        assert events == long.feed(stream[a:b])
+        assert (short.idle, short.oversized) == (long.idle, long.oversized)
+    assert short.end() == long.end()
+
+
 @given(st.binary(max_size=60) | st.text("dat:\r\n ", max_size=60).map(str.encode))
 def test_no_byte_is_lost(stream):
     assert b"".join(event.raw for event in one_by_one(stream)) == stream

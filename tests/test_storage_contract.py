@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,7 +88,7 @@ class MemoryBox:
     def resolve(self, rid: str, counts: Counts) -> None:
         row = self._store.rows[rid]
         assert row.settlement is not None
-        row.settlement = replace(row.settlement, state=State.SETTLED, counts=counts)
+        row.settlement = row.settlement._replace(state=State.SETTLED, counts=counts)
         row.delivered = False
 
     def accounts(self, expires: datetime | None) -> MemoryAccounts:
@@ -438,7 +437,7 @@ async def test_the_backlog_is_as_old_as_the_row_that_finished_first(box: Box) ->
     ago = datetime.now(UTC) - timedelta(seconds=100)
     for number, later_s in ((1, 50), (2, 0)):
         finished = ago + timedelta(seconds=later_s)
-        await closed(ledger, number, replace(closing(), finished=finished))
+        await closed(ledger, number, closing()._replace(finished=finished))
     rows, age_s = await ledger.backlog()
     assert rows == 2
     assert age_s == pytest.approx(100, abs=10)
@@ -448,7 +447,7 @@ async def test_the_backlog_is_as_old_as_the_row_that_finished_first(box: Box) ->
 async def test_the_backlog_is_never_younger_than_now(box: Box) -> None:
     ledger = box.ledger(bills_here=False)
     later = datetime.now(UTC) + timedelta(hours=1)
-    await closed(ledger, 1, replace(closing(), finished=later))
+    await closed(ledger, 1, closing()._replace(finished=later))
     assert await ledger.backlog() == (1, 0.0)
 
 

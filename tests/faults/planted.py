@@ -9,7 +9,6 @@ import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -66,7 +65,7 @@ def new_id_on_retry() -> AbstractContextManager[Any]:
 
     def open_again(self: Opening, connection: sqlite3.Connection) -> None:
         if self.tried:
-            self.entry = replace(self.entry, rid=self.entry.rid + "-again")
+            self.entry = self.entry._replace(rid=self.entry.rid + "-again")
         original(self, connection)
 
     return mock.patch.object(Opening, "_open", open_again)
