@@ -140,7 +140,8 @@ class Exchange:
 
     async def _authenticate(self) -> Account:
         key = key_sent(self._request, self._endpoint.dialect)
-        return await self._services.authenticator.authenticate(key)
+        authenticator = self._services.authenticator
+        return authenticator.known(key) or await authenticator.authenticate(key)
 
     async def _admit(self) -> Order:
         sent = self._request.fields
