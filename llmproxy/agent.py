@@ -433,10 +433,18 @@ class BackendAgent:
     """Requests to one backend.
 
     `origin`: scheme, host and port as in the URLs that `request` gets. `endpoint`: how to connect.
+    `served` is given the transport of each connection that has served for the first time.
     """
 
-    def __init__(self, origin: bytes, endpoint: IStreamClientEndpoint, clock: IReactorTime) -> None:
+    def __init__(
+        self,
+        origin: bytes,
+        endpoint: IStreamClientEndpoint,
+        clock: IReactorTime,
+        served: Callable[[Any], None] | None = None,
+    ) -> None:
         self._origin = origin
+        self._served = served
         self._starts: dict[tuple[bytes, bytes], bytes] = {}
         self._endpoint = endpoint
         self._clock = clock
@@ -501,6 +509,8 @@ class BackendAgent:
 
     def put_back(self, connection: Connection) -> None:
         """It can serve again."""
+        if self._served is not None and not connection.idle_since:
+            self._served(connection.wire)
         if self._closed or len(self._idle) >= MAX_IDLE:
             connection.abort()
             return

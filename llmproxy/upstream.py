@@ -5,16 +5,14 @@ This is the one place where Twisted's failures become ours.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any, Protocol, cast
 
 from hyperlink import EncodedURL
-from OpenSSL import SSL, crypto
+from OpenSSL import SSL
 from service_identity import VerificationError
 from treq.client import HTTPClient
-from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import (
     HostnameEndpoint,
@@ -30,21 +28,16 @@ from twisted.internet.error import (
 )
 from twisted.internet.error import TimeoutError as TwistedTimeoutError
 from twisted.internet.interfaces import (
-    IOpenSSLClientConnectionCreator,
     IStreamClientEndpoint,
 )
-from twisted.internet.ssl import Certificate, CertificateOptions, trustRootFromCertificates
-from twisted.web.client import BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IBodyProducer, IPolicyForHTTPS, IResponse
-from zope.interface import implementer
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 
+from llmproxy import tls
 from llmproxy.agent import BackendAgent, Response
 from llmproxy.config import Backend
-from llmproxy.errors import BackendError, BackendTimeout, ConfigError, ProxyError
+from llmproxy.errors import BackendError, BackendTimeout, ProxyError
 from llmproxy.upload import ClientGone
-
-_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class NotSent(BackendError):
@@ -74,33 +67,6 @@ class _Dropped:
 
     def connectionLost(self, reason: object) -> None:
         """As it was meant."""
-
-
-@implementer(IPolicyForHTTPS)
-class _Unverified:
-    """TLS without a look at the certificate (`verify_ssl = false`)."""
-
-    def __init__(self) -> None:
-        self._options = CertificateOptions()  # which verify nothing
-
-    def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
-        """See `IPolicyForHTTPS.creatorForNetloc`."""
-        return _UnverifiedCreator(self._options, hostname)
-
-
-@implementer(IOpenSSLClientConnectionCreator)
-class _UnverifiedCreator:
-    def __init__(self, options: CertificateOptions, hostname: bytes) -> None:
-        self._options = options
-        self._hostname = hostname
-
-    def clientConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:
-        """See `IOpenSSLClientConnectionCreator.clientConnectionForTLS`."""
-        connection = SSL.Connection(self._options.getContext(), None)
-        name = self._hostname.decode("ascii")
-        if not (isIPAddress(name) or isIPv6Address(name)):  # RFC 6066 section 3
-            connection.set_tlsext_host_name(self._hostname)
-        return connection
 
 
 class Client(HTTPClient):
@@ -172,21 +138,23 @@ def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:
     """The real connections to `backend`. Raises ConfigError when its `ca_file` can't be used."""
     url = EncodedURL.from_text(backend.url)
     origin = url.replace(path=()).to_text().encode("ascii")
-    agent = BackendAgent(origin, _endpoint(backend, url, reactor, timeout_connect), reactor)
+    endpoint = _endpoint(url, reactor, timeout_connect)
+    if url.scheme == "https":
+        sessions = tls.Sessions(backend, url.host, url.port or 443)
+        agent = BackendAgent(
+            origin, wrapClientTLS(sessions, endpoint), reactor, served=sessions.remember
+        )
+    else:
+        agent = BackendAgent(origin, endpoint, reactor)
     return Upstream(backend, agent, close=agent.close)
 
 
-def _endpoint(
-    backend: Backend, url: EncodedURL, reactor: Any, timeout_s: float
-) -> IStreamClientEndpoint:
+def _endpoint(url: EncodedURL, reactor: Any, timeout_s: float) -> IStreamClientEndpoint:
     port = url.port or 0  # never: http and https have their own
     # A name is looked up in a thread; an address need not wait for one.
     of = {4: TCP4ClientEndpoint, 6: TCP6ClientEndpoint}.get(_version(url.host), HostnameEndpoint)
     endpoint: IStreamClientEndpoint = of(reactor, url.host, port, timeout=timeout_s)
-    if url.scheme == "http":
-        return endpoint
-    creator = _policy(backend).creatorForNetloc(url.host.encode("ascii"), port)
-    return wrapClientTLS(creator, endpoint)
+    return endpoint
 
 
 def _version(host: str) -> int:
@@ -195,23 +163,3 @@ def _version(host: str) -> int:
         return ip_address(host).version
     except ValueError:
         return 0
-
-
-def _policy(backend: Backend) -> IPolicyForHTTPS:
-    if not backend.verify_ssl:
-        return _Unverified()
-    if backend.ca_file is None:
-        return BrowserLikePolicyForHTTPS()
-    return BrowserLikePolicyForHTTPS(trustRootFromCertificates(_authorities(backend)))
-
-
-def _authorities(backend: Backend) -> list[Certificate]:
-    path = backend.ca_file
-    assert path is not None
-    try:
-        found = [Certificate.loadPEM(pem) for pem in _PEM.findall(path.read_bytes())]
-    except (OSError, crypto.Error) as error:
-        raise ConfigError(f'backend "{backend.name}": can\'t use "{path}": {error}') from None
-    if not found:
-        raise ConfigError(f'backend "{backend.name}": there is no certificate in "{path}"')
-    return found

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from deferreds import failure_of, result_of
 from memory import Backend as MemoryBackend
+from OpenSSL import SSL
 from treq import content
 from twisted.internet import error, ssl
 from twisted.internet import reactor as _reactor
@@ -310,6 +311,28 @@ async def test_any_certificate_is_good_if_so_configured(certificates, host, days
     _, tls = certificates.make(host, days)
     async with ScriptedBackend([ANSWER], tls=tls) as backend:
         assert await ask(backend.url, verify_ssl=False) == b"{}"
+
+
+@pytest.mark.parametrize("verified", [True, False])
+@pytest_twisted.ensureDeferred
+async def test_a_second_connection_resumes_the_session_of_the_first(certificates, verified):
+    ca_file, tls = certificates.make("127.0.0.1")
+    tls.getContext().set_session_id(b"test")
+    reused: list[bool] = []
+    async with ScriptedBackend([ANSWER], tls=tls) as backend:
+        trust = {"ca_file": ca_file} if verified else {"verify_ssl": False}
+        settings = Backend(name="m", url=backend.url, device="gpu", **trust)
+        up = connect(settings, reactor, 2.0)
+        for _ in range(2):
+            await content(await up.send("/p", Headers(), BytesBody(b"{}")))
+            agent: Any = up.agent
+            connection = agent._idle.pop()
+            # pyOpenSSL has no name for it.
+            lib: Any = SSL._lib
+            reused.append(bool(lib.SSL_session_reused(connection.wire.getHandle()._ssl)))
+            connection.abort()
+        up.close()
+    assert reused == [False, True]
 
 
 @pytest_twisted.ensureDeferred
