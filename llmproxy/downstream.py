@@ -79,12 +79,12 @@ class Downstream:
             self.detach()
             self._request.answer(status, fields, body)
 
-    def finish(self) -> None:
-        """End the answer, whole."""
+    def finish(self, last: bytes = b"") -> None:
+        """End the answer, whole, with `last`."""
         if not self._over:
             self._over = True
             self.detach()
-            self._request.end()
+            self._request.end(last)
 
     def abort(self) -> None:
         """End the connection without the end of the answer, so that the client can tell.

@@ -267,8 +267,7 @@ class Exchange:
         elif isinstance(last, Answer):
             self._down.answer(last.status, last.fields, last.body)
         else:
-            self._down.write(last)
-            self._down.finish()
+            self._down.finish(last)
 
     def _tell(self, error: ProxyError) -> None:
         """Tell the client, in its own dialect, and so that a cut answer can't pass for whole."""

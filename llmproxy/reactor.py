@@ -36,6 +36,17 @@ class _SendsAtOnce(tcp.Connection):
     Nothing is called back from `write`: an error is left for epoll to report.
     """
 
+    def doRead(self) -> Any:
+        """Take what has come; the same as Twisted's, in one step."""
+        try:
+            data = self.socket.recv(self.bufferSize)
+        except OSError as problem:
+            return None if problem.errno == errno.EAGAIN else main.CONNECTION_LOST
+        if not data:
+            return main.CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
+
     def write(self, data: bytes) -> None:
         """Send now what the socket takes; the rest waits, and counts for back-pressure."""
         if self._tempDataLen or self.dataBuffer or self.TLS or not self._may_send():

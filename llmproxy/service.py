@@ -19,6 +19,7 @@ from twisted.python import usage
 
 from llmproxy import __version__, config, logs
 from llmproxy.errors import ConfigError
+from llmproxy.garbage import collect_rarely
 from llmproxy.proxy import Proxy
 from llmproxy.reactor import install
 from llmproxy.supervisor import Supervisor
@@ -62,7 +63,13 @@ def makeService(options: Options) -> IService:
             raise ConfigError("workers: more than 1 need the log on stdout or in a --logfile")
     except ConfigError as error:
         raise SystemExit(f"llmproxy: {error}") from None
-    proxy.on_running = Signals(proxy, reactor).install
+    signals = Signals(proxy, reactor)
+
+    def running() -> None:
+        signals.install()
+        collect_rarely()
+
+    proxy.on_running = running
     proxy.on_failure = lambda: exit_with(1, reactor)
     return proxy
 

@@ -180,11 +180,15 @@ class Request:
             lines.append(b"\r\nContent-Length: %d\r\n\r\n" % length)
         return b"".join(lines)
 
-    def end(self) -> None:
-        """The answer is complete; the rest of the request's body, if any, is dropped."""
+    def end(self, last: bytes = b"") -> None:
+        """The answer is complete with `last`; what is left of the request's body is dropped."""
         if self._over:
             return
-        if self._chunked:
+        if not self._chunked:
+            self.write(last)
+        elif last:
+            self._channel.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
+        else:
             self._channel.send(b"0\r\n\r\n")
         if self.upload.whole:
             self._finish()

@@ -31,6 +31,7 @@ from llmproxy.control import (
     encode,
 )
 from llmproxy.errors import ConfigError, StorageError
+from llmproxy.garbage import collect_rarely
 from llmproxy.proxy import Proxy, open_port
 from llmproxy.reactor import install
 from llmproxy.sharing import Adopting, adoptable
@@ -183,6 +184,7 @@ class WorkerProcess:
         if self._proxy is not None and self._fresh is not None:
             self._proxy.put_in_force(self._fresh)
         self._tell("ready")
+        collect_rarely()
         self._reports.clock = self._reactor
         self._reports.start(REPORT_S, now=False)
 
