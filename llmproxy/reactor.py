@@ -21,9 +21,9 @@ from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.interfaces import IConnector, IListeningPort
 from twisted.logger import Logger
-from twisted.python import log
+from twisted.python.log import callWithLogger
 
-logger = Logger()
+log = Logger()
 
 #: For comparison: which event loop is below.
 VARIABLE = "LLMPROXY_REACTOR"
@@ -141,13 +141,13 @@ class Reactor(_Transports, EPollReactor):
             if event == EPOLLIN:
                 self._read(selectable)
             else:
-                log.callWithLogger(selectable, self._doReadOrWrite, selectable, descriptor, event)
+                callWithLogger(selectable, self._doReadOrWrite, selectable, descriptor, event)
 
     def _read(self, selectable: Any) -> None:
         try:
             why = selectable.doRead()
         except Exception as problem:
-            logger.failure("reading from {what} failed", what=type(selectable).__name__)
+            log.failure("reading from {what} failed", what=type(selectable).__name__)
             why = problem
         if why:
             self._disconnectSelectable(selectable, why, True)

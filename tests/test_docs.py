@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmproxy import config
+from llmproxy import config, reactor, site
 from llmproxy.billing import settlement
 from llmproxy.ctl import make_parser
 from llmproxy.endpoints import ENDPOINTS
@@ -124,6 +124,8 @@ def test_every_variable_is_documented() -> None:
     assert documented("Environment variables").keys() == {
         config.PATH_VARIABLE,
         config.DB_URI_VARIABLE,
+        site.VARIABLE,
+        reactor.VARIABLE,
     }
 
 
