@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from llmproxy import audio, dialects, headers, rewrite
@@ -36,6 +35,7 @@ from llmproxy.errors import (
 )
 from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
+from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import Metrics
 from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow

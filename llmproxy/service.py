@@ -51,11 +51,12 @@ def makeService(options: Options) -> IService:
     try:
         proxy = make_demo(reactor) if options["demo"] else Proxy(lambda: config.load(path), reactor)
         settings = proxy.config
-        proxy.log_observer = logs.twistd_observer(
-            options.parent, settings.log_format, settings.log_level
-        )
+        observer = logs.twistd_observer(options.parent, settings.log_format, settings.log_level)
     except ConfigError as error:
         raise SystemExit(f"llmproxy: {error}") from None
+    proxy.log_observer = observer
+    if observer is not None:
+        observer.gather(reactor)
     proxy.on_running = Signals(proxy, reactor).install
     proxy.on_failure = lambda: exit_with(1, reactor)
     return proxy
