@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
-from twisted.logger import Logger
 
 from llmproxy import audio, dialects, headers, rewrite
 from llmproxy.agent import BytesBody
@@ -37,6 +36,7 @@ from llmproxy.errors import (
 from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
 from llmproxy.framing import Fields
+from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow

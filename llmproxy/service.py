@@ -56,13 +56,14 @@ def makeService(options: Options) -> IService:
     try:
         proxy = make_demo(reactor) if options["demo"] else _make_proxy(path, reactor)
         settings = proxy.config
-        proxy.log_observer = logs.twistd_observer(
-            options.parent, settings.log_format, settings.log_level
-        )
-        if proxy.log_observer is None and settings.workers > 1:
+        observer = logs.twistd_observer(options.parent, settings.log_format, settings.log_level)
+        if observer is None and settings.workers > 1:
             raise ConfigError("workers: more than 1 need the log on stdout or in a --logfile")
     except ConfigError as error:
         raise SystemExit(f"llmproxy: {error}") from None
+    proxy.log_observer = observer
+    if observer is not None:
+        observer.gather(reactor)
     signals = Signals(proxy, reactor)
 
     def running() -> None:

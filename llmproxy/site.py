@@ -16,7 +16,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
-from twisted.logger import Logger
 from twisted.web import server
 from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
@@ -26,6 +25,7 @@ from llmproxy.channel import IDLE_TIMEOUT_S, Channel, Message
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import CLIENT_GONE, ProxyError
 from llmproxy.ids import new_request_id
+from llmproxy.logs import Logger
 from llmproxy.metrics import Metrics
 from llmproxy.upload import Upload
 

@@ -175,6 +175,7 @@ class WorkerProcess:
     def _start(self, number: int, config: Mapping[str, Any], listeners: list[Any]) -> None:
         settings = config_from_json(config)
         observer = logs.observer(sys.stdout, settings.log_format, settings.log_level)
+        observer.gather(self._reactor)
         globalLogBeginner.beginLoggingTo([logs.of_worker(number, observer)])
         self._proxy = proxy = WorkerProxy(settings, number, listeners, self._reactor)
         proxy.on_serving, proxy.on_failure = self._ready, self._cannot_start

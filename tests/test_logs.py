@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.application.service import Application
-from twisted.logger import ILogObserver, Logger, LogLevel
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, Logger, LogLevel, formatEvent
 from twisted.python.failure import Failure
 
 from llmproxy import logs
 from llmproxy.errors import ConfigError
 from llmproxy.logs import DescriptorSink, LoggingService, Observer, escape, redact
+from llmproxy.model import Kind
 
 WHEN = 1_795_446_000.1239
 
@@ -166,6 +173,60 @@ def test_a_field_that_raises_in_its_repr_raises_nothing():
         __repr__ = __str__ = None  # type: ignore[assignment]
 
     assert written(event("{a}", a=Angry())).count("\n") == 1
+
+
+NAMES = st.sampled_from(["a", "b", "class", "a.real", "a!r", "b:>3", "0", "", "b()", "missing"])
+LITERALS = st.sampled_from(["", " ", "x=", "{{", "}}", "%s", "{", "\u2028"])
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.floats(0, 1e6).map(lambda value: round(value, 1))
+    | st.text(max_size=20)
+    | st.text('ab\x7f\x00\n\\"é\ud800', max_size=8)
+)
+
+
+@given(st.lists(st.tuples(LITERALS, NAMES), max_size=4), LITERALS, PLAIN, PLAIN)
+def test_a_format_gives_what_twisted_makes_of_it(parts, last, a, b):
+    text = "".join(f"{literal}{{{name}}}" for literal, name in parts) + last
+    fields = {"a": a, "b": b, "class": Kind.PROMPT}
+    assert logs.message(event(text, **fields)) == logs._safe(formatEvent(event(text, **fields)))
+
+
+@given(st.dictionaries(st.text(max_size=5), PLAIN, max_size=5))
+def test_what_orjson_writes_is_what_json_does(fields):
+    fields = {
+        name: value
+        for name, value in fields.items()
+        if not (isinstance(value, float) and not math.isfinite(value))
+    }
+    expected = json.dumps(fields, separators=(",", ":"), allow_nan=False)
+    assert logs._encoded(fields) == expected.replace("\x7f", "\\u007f")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_an_info_event_is_what_twisted_makes_of_it(log_format):
+    ours: list[dict[str, Any]] = []
+    theirs: list[dict[str, Any]] = []
+    logs.Logger("llmproxy.x", "source", ours.append).info("{a}", a=1, b=None)  # type: ignore[arg-type]
+    Logger("llmproxy.x", "source", theirs.append).info("{a}", a=1, b=None)  # type: ignore[arg-type]
+    different = {"log_logger": None, "log_time": WHEN}
+    assert ours[0] | different == theirs[0] | different
+    assert [*ours[0]] == [*theirs[0]]
+    assert written(ours[0] | different, log_format=log_format) == written(
+        theirs[0] | different, log_format=log_format
+    )
+
+
+def test_a_logger_is_named_after_its_module_and_its_class():
+    class Holder:
+        log = logs.Logger()
+
+    assert logs.Logger().namespace == __name__
+    assert Holder().log.namespace == f"{__name__}.Holder"
+    assert isinstance(Holder().log, logs.Logger)
 
 
 # What passes
@@ -359,6 +420,136 @@ def test_a_line_that_was_cut_by_an_error_does_not_run_into_the_next(tmp_path, mo
     assert sink.dropped == 1
 
 
+class Reactor(Clock):
+    """A reactor that the test starts and stops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._starting: list[Callable[[], None]] = []
+        self._stopping: list[Callable[[], None]] = []
+
+    def callWhenRunning(self, act: Callable[[], None]) -> None:
+        self._starting.append(act)
+
+    def addSystemEventTrigger(self, phase: str, event: str, act: Callable[[], None]) -> None:
+        assert (phase, event) == ("after", "shutdown")
+        self._stopping.append(act)
+
+    def start(self) -> None:
+        for act in self._starting:
+            act()
+
+    def stop(self) -> None:
+        for act in self._stopping:
+            act()
+
+
+@pytest.fixture
+def gathering(pipe: tuple[int, int]) -> tuple[Reactor, Observer, int]:
+    """A reactor that runs, an observer that gathers lines meanwhile, and where they come out."""
+    reactor, (observe, _) = Reactor(), on_descriptor(pipe[1])
+    observe.gather(reactor)
+    observe(event("before"))
+    reactor.start()
+    return reactor, observe, pipe[0]
+
+
+def texts(found: bytes) -> list[str]:
+    return [line.split("  ", 1)[1] for line in found.decode().splitlines()]
+
+
+def test_lines_wait_for_each_other_only_while_the_reactor_runs(gathering):
+    reactor, observe, out = gathering
+    assert texts(read_all(out)) == ["before"]
+    observe(event("one"))
+    observe(event("two"))
+    reactor.advance(logs.GATHER_S - 0.001)
+    assert read_all(out) == b""
+    reactor.advance(0.001)
+    assert texts(read_all(out)) == ["one", "two"]
+    assert reactor.getDelayedCalls() == []
+    observe(event("three"))
+    reactor.stop()
+    assert texts(read_all(out)) == ["three"]
+    observe(event("after"))
+    assert texts(read_all(out)) == ["after"]
+
+
+@pytest.mark.parametrize("level", [LogLevel.warn, LogLevel.error, LogLevel.critical])
+def test_a_warning_is_written_at_once_and_in_its_turn(gathering, level):
+    reactor, observe, out = gathering
+    read_all(out)
+    observe(event("one"))
+    observe(event("two", level))
+    assert texts(read_all(out)) == ["one", "two"]
+    observe(event("three"))
+    reactor.advance(logs.GATHER_S)
+    assert texts(read_all(out)) == ["three"]
+
+
+def test_many_lines_are_written_without_waiting(gathering):
+    _, observe, out = gathering
+    read_all(out)
+    while not (found := read_all(out)):
+        observe(event("x" * 1000))
+    assert logs.GATHER_BYTES <= len(found) < logs.GATHER_BYTES + 2000
+
+
+def test_a_line_from_another_thread_is_written_at_once(gathering):
+    reactor, observe, out = gathering
+    read_all(out)
+    thread = Thread(target=observe, args=[event("elsewhere")])
+    thread.start()
+    thread.join()
+    assert texts(read_all(out)) == ["elsewhere"]
+    assert reactor.getDelayedCalls() == []
+
+
+def test_lines_are_never_cut_to_fill_a_piece(gathering, monkeypatch):
+    reactor, observe, out = gathering
+    read_all(out)
+    pieces: list[bytes] = []
+    real = os.write
+
+    def write(descriptor: int, data: bytes) -> int:
+        pieces.append(data)
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    for length in (10, 1000, 3000, 3000, 9000, 10):
+        observe(event("x" * length))
+    reactor.advance(logs.GATHER_S)
+    assert [len(text) for text in texts(read_all(out))] == [10, 1000, 3000, 3000, 9000, 10]
+    assert max(map(len, pieces)) <= select.PIPE_BUF
+    assert [piece.count(b"\n") for piece in pieces] == [2, 1, 1, 0, 0, 2]
+
+
+def test_a_loss_while_lines_wait_is_told_with_the_next_line(gathering):
+    reactor, observe, out = gathering
+    os.close(out)
+    observe(event("one"))
+    observe(event("two"))
+    reactor.advance(logs.GATHER_S)
+    assert observe.sink.dropped == 2
+
+
+def test_a_line_that_is_written_meanwhile_is_neither_doubled_nor_lost(pipe, monkeypatch):
+    observe, sink = on_descriptor(pipe[1])
+    real = os.write
+    late = [event("late")]
+
+    def write(descriptor: int, data: bytes) -> int:
+        written = real(descriptor, data)
+        if late:
+            observe(late.pop())
+        return written
+
+    monkeypatch.setattr(os, "write", write)
+    observe(event("first"))
+    assert texts(read_all(pipe[0])) == ["first", "late"]
+    assert sink.dropped == 0
+
+
 @pytest.mark.parametrize("stream", [None, object()])
 def test_no_stream_at_all_raises_nothing(stream):
     observe = logs.observer(stream, "text", "INFO")
@@ -440,12 +631,18 @@ class Demo(logs.LoggingService):
         print("printed")
         reactor.listenTCP(0, Factory(), interface="127.0.0.1")
         reactor.callLater(0, lambda: 1 / 0)
-        reactor.callLater(0.01, reactor.stop)
+        reactor.callLater(0.01, self.leave)
+
+    def leave(self):
+        reactor.stop()
+        Logger(namespace="llmproxy.demo").info("at the end")
 
 Logger(namespace="llmproxy.demo").info("at start")
 application = Application("demo")
 service = Demo()
 service.log_observer = logs.twistd_observer({options!r}, {log_format!r}, {level!r})
+if service.log_observer:
+    service.log_observer.gather(reactor)
 service.setServiceParent(application)
 """
 
@@ -477,6 +674,7 @@ def test_under_twistd_each_event_is_one_line_in_our_format(tmp_path):
         "INFO llmproxy.demo  at work 1",
         "INFO stdout  printed",
         "CRITICAL twisted.internet.base  while handling timed call",
+        "INFO llmproxy.demo  at the end",
     ]
     assert done.stdout.count("ZeroDivisionError: division by zero") == 1
 
