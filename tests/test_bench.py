@@ -134,6 +134,15 @@ def test_what_was_not_measured_is_neither_reached_nor_missed():
     assert "MISSED" not in report.text(result)
 
 
+def test_cpu_per_chunk_does_not_count_if_the_proxy_was_late():
+    result = a_result()
+    result.runs["llmproxy"][0]["streams-1000x20"]["together_pct"] = 60
+    found = verdicts(result)
+    assert found["CPU per chunk, 1,000 x 20/s, as a multiple of nginx's"] is None
+    assert found["CPU per chunk, 100 x 50/s, as a multiple of nginx's"]
+    assert "llmproxy in streams-1000x20 (60 %)" in report.text(result)
+
+
 def test_slow_readers_count_only_if_the_backend_was_held_up():
     figures = {"slow_kib": 10.0, "read_kib": 9.0, "held": 100, "streams": 400, "lost": 0}
     found = verdicts(a_result(slow={"llmproxy": figures}))
