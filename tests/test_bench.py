@@ -23,6 +23,7 @@ import workers
 from drift import drift
 from result import Result
 from run import options_of
+from sessions import Bench
 
 ABOUT: dict[str, str | int | float] = {
     "cpu": "a <fast> one",
@@ -237,6 +238,13 @@ def test_two_workers_that_take_all_that_is_left_are_twice_as_fast_on_two_whole_c
     assert found[workers.TWO]["others_us"] == pytest.approx(0.2 / 3600 * 1e6)
     assert "speedup" not in found[workers.ALONE]
     assert "2 workers" in workers.text(found)
+
+
+def test_the_proxy_has_a_core_of_its_own_unless_both_are_for_everything(tmp_path: Path):
+    bench = Bench(tmp_path, 1024, (3, 5))
+    assert set(bench.apart.target) == {3}
+    assert set(bench.apart.others) == {5}
+    assert set(bench.shared.target) == set(bench.shared.others) == {3, 5}
 
 
 def test_a_case_that_could_not_be_measured_is_left_out():
