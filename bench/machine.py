@@ -13,7 +13,10 @@ from pathlib import Path
 
 
 def cores() -> tuple[int, int]:
-    """The core for the proxies, and the one for load, backend and driver; the same if it must."""
+    """The core for the proxies, and the one for load, backend and driver; the same if it must.
+
+    Of those that this process may use now: to be asked before it binds itself to one.
+    """
     usable = sorted(os.sched_getaffinity(0))
     return usable[0], usable[-1] if len(usable) < 2 else usable[1]
 

@@ -122,6 +122,17 @@ def _warnings(result: Result) -> list[str]:
             f" proxy may have been faster than they: {', '.join(found)}. CPU per request and per"
             " chunk are not touched by that."
         )
+    together = [
+        f"{name} in {measurement} ({figures['together_pct']:.0f} %)"
+        for name in result.runs
+        for measurement, figures in medians(result.runs, name).items()
+        if goals.late(figures.get("together_pct"))
+    ]
+    if together:
+        warnings.append(
+            "WARNING: the proxy was late, so that many chunks came together, which costs less CPU"
+            f" per chunk than passing on each in its time: {', '.join(together)}."
+        )
     foreign = _each(result, "others_pct")
     if foreign and statistics.median(foreign) > NOISE_PCT:
         warnings.append(

@@ -179,14 +179,14 @@ def main() -> None:
     build()
     RESULTS.mkdir(exist_ok=True)
     limit, most_streams = descriptors_for(plan)
-    target_core, other_core = machine.cores()
+    cores = target_core, other_core = machine.cores()
     if target_core == other_core:
         print("WARNING: there is only one core; proxies and clients share it")
     busy = tell_noise()
     os.sched_setaffinity(0, {other_core})
     # On the disk that the project is on: /tmp may be memory, where nothing is ever durable.
     with tempfile.TemporaryDirectory(prefix="run-", dir=BUILD) as folder:
-        bench = Bench(Path(folder), limit)
+        bench = Bench(Path(folder), limit, cores)
         if options.profile:
             profile(bench, Path(folder))
         elif options.soak:

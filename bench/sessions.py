@@ -50,18 +50,6 @@ class Places:
     others: frozenset[int]
 
 
-def places_apart() -> Places:
-    """A core for the target, and another for all else."""
-    target, others = machine.cores()
-    return Places(frozenset({target}), frozenset({others}))
-
-
-def places_shared() -> Places:
-    """Two cores for everything."""
-    both = frozenset(machine.cores())
-    return Places(both, both)
-
-
 class Session:
     """One target, started for its measurements, with a backend of its own."""
 
@@ -114,11 +102,18 @@ class Session:
 
 
 class Bench:
-    """The limits that all sessions share, and the wrong bills of all of them."""
+    """The limits that all sessions share, and the wrong bills of all of them.
 
-    def __init__(self, folder: Path, descriptors: int) -> None:
+    `cores`: one for the target, and one for all else; they must be known before the driver itself
+    stays on one of them. apart: so it is used. shared: both are there for everything.
+    """
+
+    def __init__(self, folder: Path, descriptors: int, cores: tuple[int, int]) -> None:
         self._folder = folder
         self._descriptors = descriptors
+        target, others = cores
+        self.apart = Places(frozenset({target}), frozenset({others}))
+        self.shared = Places(frozenset(cores), frozenset(cores))
         self._count = 0
         self.checked = 0
         self.wrong_bills: list[str] = []
@@ -126,7 +121,7 @@ class Bench:
     @contextlib.contextmanager
     def session(self, target: Target | None, places: Places | None = None) -> Iterator[Session]:
         """Start a backend and the target (None: no proxy); raises Missing if that can't be."""
-        places = places or places_apart()
+        places = places or self.apart
         self._count += 1
         folder = self._folder / f"{self._count}-{target.name if target else DIRECT}"
         (folder / "backend").mkdir(parents=True)

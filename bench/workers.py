@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from measurements import Closed
-from sessions import Bench, Figures, Places, places_apart, places_shared
+from sessions import Bench, Figures, Places
 from tables import number, table
 from targets import Missing, Target, llmproxy
 
@@ -29,9 +29,9 @@ MICRO = 1e6
 def measure(bench: Bench, what: Closed, sessions: int) -> dict[str, Figures]:
     """The figures of each case that could be measured, medians over the sessions."""
     cases: dict[str, tuple[Target, Places]] = {
-        ALONE: (llmproxy(), places_apart()),
-        ONE: (llmproxy(), places_shared()),
-        TWO: (llmproxy(workers=2), places_shared()),
+        ALONE: (llmproxy(), bench.apart),
+        ONE: (llmproxy(), bench.shared),
+        TWO: (llmproxy(workers=2), bench.shared),
     }
     runs: dict[str, list[Figures]] = {}
     for _ in range(sessions):

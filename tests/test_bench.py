@@ -23,6 +23,7 @@ import workers
 from drift import drift
 from result import Result
 from run import options_of
+from sessions import Bench
 
 ABOUT: dict[str, str | int | float] = {
     "cpu": "a <fast> one",
@@ -134,6 +135,15 @@ def test_what_was_not_measured_is_neither_reached_nor_missed():
     assert "MISSED" not in report.text(result)
 
 
+def test_cpu_per_chunk_does_not_count_if_the_proxy_was_late():
+    result = a_result()
+    result.runs["llmproxy"][0]["streams-1000x20"]["together_pct"] = 60
+    found = verdicts(result)
+    assert found["CPU per chunk, 1,000 x 20/s, as a multiple of nginx's"] is None
+    assert found["CPU per chunk, 100 x 50/s, as a multiple of nginx's"]
+    assert "llmproxy in streams-1000x20 (60 %)" in report.text(result)
+
+
 def test_slow_readers_count_only_if_the_backend_was_held_up():
     figures = {"slow_kib": 10.0, "read_kib": 9.0, "held": 100, "streams": 400, "lost": 0}
     found = verdicts(a_result(slow={"llmproxy": figures}))
@@ -228,6 +238,13 @@ def test_two_workers_that_take_all_that_is_left_are_twice_as_fast_on_two_whole_c
     assert found[workers.TWO]["others_us"] == pytest.approx(0.2 / 3600 * 1e6)
     assert "speedup" not in found[workers.ALONE]
     assert "2 workers" in workers.text(found)
+
+
+def test_the_proxy_has_a_core_of_its_own_unless_both_are_for_everything(tmp_path: Path):
+    bench = Bench(tmp_path, 1024, (3, 5))
+    assert set(bench.apart.target) == {3}
+    assert set(bench.apart.others) == {5}
+    assert set(bench.shared.target) == set(bench.shared.others) == {3, 5}
 
 
 def test_a_case_that_could_not_be_measured_is_left_out():
