@@ -20,8 +20,6 @@ from twisted.internet.interfaces import (
     IDelayedCall,
     IPushProducer,
     ISSLTransport,
-    ITCPTransport,
-    ITransport,
 )
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
@@ -73,6 +71,9 @@ class Channel(Protocol):
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        #: Bytes to the client.
+        self.send: Callable[[bytes], None] = lambda data: None
+        self._wire: Any = None  # a TCP or TLS transport and producer
         self._parser = httptools.HttpRequestParser(self)
         self._raw_fields: list[tuple[bytes, bytes]] = []
         self._message: Message | None = None  # the one that is coming
@@ -95,10 +96,11 @@ class Channel(Protocol):
 
     def connectionMade(self) -> None:
         """A client came."""
-        transport = cast(Any, self.transport)
-        if hasattr(transport, "setTcpNoDelay"):
-            transport.setTcpNoDelay(True)
-        transport.registerProducer(self, True)
+        self._wire = wire = cast(Any, self.transport)
+        self.send = wire.write
+        if hasattr(wire, "setTcpNoDelay"):
+            wire.setTcpNoDelay(True)
+        wire.registerProducer(self, True)
         self.site.connections.add(self)
         self._wait(IDLE_TIMEOUT_S, self.close)
 
@@ -130,16 +132,15 @@ class Channel(Protocol):
         if not self._closing or linger_s != LINGER_S:
             self._wait(linger_s, self.abort)
         self._closing = True
-        transport = cast(ITransport, self.transport)
-        cast(Any, transport).unregisterProducer()
-        transport.loseConnection()
+        self._wire.unregisterProducer()
+        self._wire.loseConnection()
 
     def abort(self) -> None:
         """Cut the client off now."""
         self._wait_no_more()
         self._closing = True
         if not self._gone:
-            cast(ITCPTransport, self.transport).abortConnection()
+            self._wire.abortConnection()
 
     # -- deadlines ---------------------------------------------------------------------------
 
@@ -208,7 +209,7 @@ class Channel(Protocol):
             self._wait(HEADER_TIMEOUT_S, self._header_too_slow)
 
     def _body_goes_on(self, message: Message, upload: Upload) -> None:
-        self._hand_over(message)
+        self._hand_over(message, upload)
         if upload.length is None and self._fed_bytes > MAX_FRAMING + 3 * message.body_bytes:
             self._broken(BadRequest("The request's body has more framing than content."))
         elif not self._held:
@@ -239,7 +240,8 @@ class Channel(Protocol):
 
     def on_url(self, target: bytes) -> None:
         """The target, or a part of it."""
-        message = cast(Message, self._message)
+        message = self._message
+        assert message is not None
         message.target += target
         if len(message.target) > framing.MAX_TARGET:
             self._stop(framing.too_long())
@@ -250,7 +252,8 @@ class Channel(Protocol):
 
     def on_headers_complete(self) -> None:
         """The header is complete."""
-        message, parser = cast(Message, self._message), self._parser
+        message, parser = self._message, self._parser
+        assert message is not None
         if framing.is_too_large(self._raw_fields):
             self._stop(framing.too_large())
         fields = framing.combined(self._raw_fields)
@@ -274,18 +277,20 @@ class Channel(Protocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
-        message, self._message = cast(Message, self._message), None
+        message, self._message = self._message, None
         self._fed_bytes = 0
-        self._hand_over(message)
-        cast(Upload, message.upload).ended()
+        assert message is not None
+        assert message.upload is not None
+        self._hand_over(message, message.upload)
+        message.upload.ended()
 
-    def _hand_over(self, message: Message) -> None:
+    def _hand_over(self, message: Message, upload: Upload) -> None:
         parts = self._parts
         if parts:
             data = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
             message.body_bytes += len(data)
-            cast(Upload, message.upload).received(data)
+            upload.received(data)
 
     # -- what is served ----------------------------------------------------------------------
 
@@ -306,11 +311,10 @@ class Channel(Protocol):
         self._read_or_not()
 
     def _begin(self, message: Message) -> None:
-        upload = cast(Upload, message.upload)
         if message.refusal is not None:
             self._refuse(message.refusal)
             return
-        if upload.whole:
+        if message.upload is not None and message.upload.whole:
             self._wait_no_more()
         elif not self._held:
             self._wait(IDLE_TIMEOUT_S, self.close)
@@ -355,7 +359,7 @@ class Channel(Protocol):
         self.request = None
         if request is not None:
             request.connectionLost()
-        transport = cast(Any, self.transport)
+        transport = self._wire
         transport.unregisterProducer()
         if ISSLTransport.providedBy(transport) or not hasattr(transport, "loseWriteConnection"):
             transport.loseConnection()
@@ -364,10 +368,6 @@ class Channel(Protocol):
             transport.resumeProducing()
 
     # -- what the request asks of its connection ----------------------------------------------
-
-    def send(self, data: bytes) -> None:
-        """Bytes to the client."""
-        cast(ITransport, self.transport).write(data)
 
     def invite_body(self) -> None:
         """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1)."""
@@ -389,8 +389,10 @@ class Channel(Protocol):
         pause = self._held or self._congested or (full and self.request is not None)
         if pause != self._paused and not self._gone and not self._closing:
             self._paused = pause
-            transport = cast(Any, self.transport)
-            transport.pauseProducing() if pause else transport.resumeProducing()
+            if pause:
+                self._wire.pauseProducing()
+            else:
+                self._wire.resumeProducing()
 
     def attach(self, producer: Producer) -> None:
         """Let the client's speed govern `producer`."""

@@ -41,6 +41,7 @@ class Downstream:
         "_request",
         "gone",
         "started",
+        "write",
     )
 
     def __init__(self, request: Request, clock: IReactorTime, patience_s: float) -> None:
@@ -53,6 +54,8 @@ class Downstream:
         self._impatience: IDelayedCall | None = None
         self._producer: Producer | None = None
         self._on_gone: Callable[[], None] | None = None
+        #: Send a part of the body; the request itself knows whether it is over.
+        self.write = request.write
         request.when_lost(self._lost)
 
     def when_gone(self, act: Callable[[], None] | None) -> None:
@@ -66,11 +69,6 @@ class Downstream:
         self.started = True
         if not self._over:
             self._request.start(status, fields)
-
-    def write(self, data: bytes) -> None:
-        """Send a part of the body."""
-        if not self._over:
-            self._request.write(data)
 
     def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer."""

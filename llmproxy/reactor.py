@@ -27,6 +27,10 @@ log = Logger()
 
 #: For comparison: which event loop is below.
 VARIABLE = "LLMPROXY_REACTOR"
+#: How much is read at once, and how much may wait to be sent before a producer is paused: a peer
+#: that takes nothing costs as much as both.
+READ_SIZE = 32 * 1024
+SEND_SIZE = 16 * 1024
 _AGAIN = (errno.EAGAIN, errno.ENOBUFS)
 
 
@@ -35,6 +39,8 @@ class _SendsAtOnce(tcp.Connection):
 
     Nothing is called back from `write`: an error is left for epoll to report.
     """
+
+    bufferSize = READ_SIZE
 
     def doRead(self) -> Any:
         """Take what has come; the same as Twisted's, in one step."""
@@ -49,7 +55,7 @@ class _SendsAtOnce(tcp.Connection):
 
     def write(self, data: bytes) -> None:
         """Send now what the socket takes; the rest waits, and counts for back-pressure."""
-        if self._tempDataLen or self.dataBuffer or self.TLS or not self._may_send():
+        if self._tempDataLen or self.dataBuffer or not self._may_send():
             super().write(data)
             return
         try:
@@ -67,10 +73,13 @@ class _SendsAtOnce(tcp.Connection):
         self.write(b"".join(iovec))
 
     def _may_send(self) -> bool:
-        if not self.connected or self._aborting or self._writeDisconnected:
+        if not self.connected or self._aborting or self._writeDisconnected or self.TLS:
             return False
         # A producer that is pulled from is called from the reactor's round alone.
         return self.producer is None or bool(self.streamingProducer)
+
+    def _isSendBufferFull(self) -> bool:
+        return len(self.dataBuffer) - self.offset + self._tempDataLen > SEND_SIZE
 
 
 class Server(_SendsAtOnce, tcp.Server):

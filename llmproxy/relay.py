@@ -34,6 +34,7 @@ class BodyReader:
     __slots__ = (
         "_at_silence",
         "_clock",
+        "_heard_at",
         "_over",
         "_silence_s",
         "_sink",
@@ -51,6 +52,7 @@ class BodyReader:
         self._clock = clock
         self._silence_s = silence_s
         self._timer: IDelayedCall | None = None
+        self._heard_at = 0.0
         self._at_silence = BodyEnd.STALLED
         self._over = False
 
@@ -63,8 +65,7 @@ class BodyReader:
         """A piece of it."""
         if self._over:  # bytes can still arrive after stopProducing
             return
-        if self._timer is not None and self._at_silence is BodyEnd.STALLED:
-            self._timer.reset(self._silence_s)
+        self._heard_at = self._clock.seconds()
         self._sink(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -105,11 +106,17 @@ class BodyReader:
 
     def _listen(self) -> None:
         if self._timer is None and not self._over:
+            self._heard_at = self._clock.seconds()
             self._timer = self._clock.callLater(self._silence_s, self._silent)
 
     def _silent(self) -> None:
+        """Time has passed, in silence or not: a timer is not set anew with each piece."""
         self._timer = None
-        self.stop(self._at_silence)
+        left = self._heard_at + self._silence_s - self._clock.seconds()
+        if left > 0 and self._at_silence is BodyEnd.STALLED:
+            self._timer = self._clock.callLater(left, self._silent)
+        else:
+            self.stop(self._at_silence)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:

@@ -54,12 +54,12 @@ _NO_BODY = (204, 304)
 class IsChannel(Protocol):
     """The connection, as a request uses it."""
 
+    #: Bytes to the client.
+    send: Callable[[bytes], None]
+
     @property
     def keep(self) -> bool:
         """Whether it will serve another request after this one."""
-
-    def send(self, data: bytes) -> None:
-        """Bytes to the client."""
 
     def done(self) -> None:
         """The answer is out, and the request whole."""
@@ -89,6 +89,7 @@ class Request:
         "_began",
         "_channel",
         "_chunked",
+        "_closed",
         "_headless",
         "_lingering",
         "_lost_calls",
@@ -121,7 +122,7 @@ class Request:
         self.started = self.finished = self.lost = False
         self.status = 0
         self._channel = channel
-        self._chunked = False
+        self._chunked = self._closed = False
         self._headless = message.method == b"HEAD"
         self._served = False
         self._lingering: IDelayedCall | None = None
@@ -152,8 +153,12 @@ class Request:
 
     def write(self, data: bytes) -> None:
         """Send a part of the body."""
-        if data and not self._over and not self._headless:
-            self._channel.send(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if not data or self.finished or self.lost or self._closed:
+            return
+        if self._chunked:
+            self._channel.send(b"%x\r\n%b\r\n" % (len(data), data))
+        elif not self._headless:
+            self._channel.send(data)
 
     def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer."""
@@ -206,6 +211,7 @@ class Request:
         """Close the connection without the end of the answer, after sending what is buffered."""
         if self._over:
             return
+        self._closed = True
         if linger_s and self.version == b"HTTP/1.1":
             self._channel.close(linger_s)
         else:
@@ -225,7 +231,7 @@ class Request:
 
     @property
     def _over(self) -> bool:
-        return self.finished or self.lost
+        return self.finished or self.lost or self._closed
 
     def _drained(self) -> None:
         self._stop_lingering()
@@ -252,7 +258,7 @@ class Request:
         """The client is gone, or was cut off."""
         self._stop_lingering()
         self._account()
-        if not self._over:
+        if not (self.finished or self.lost):
             self.lost = True
             calls, self._lost_calls = self._lost_calls, []
             for act in calls:

@@ -35,7 +35,7 @@ class Timeouts:
         """See `IReactorTime.callLater`."""
         queue = self._queues.get(delay)
         if queue is None:
-            queue = self._queues[delay] = _Queue(self._clock, delay)
+            queue = self._queues[delay] = _Queue(self._clock, delay, self._queues)
         timeout = Timeout(queue, callable, args, kw)
         queue.start(timeout)
         return timeout
@@ -102,8 +102,9 @@ class Timeout:
 class _Queue:
     """All timeouts of one length, the first one due first."""
 
-    def __init__(self, clock: IReactorTime, length: float) -> None:
+    def __init__(self, clock: IReactorTime, length: float, queues: dict[float, _Queue]) -> None:
         self.length = length
+        self._queues = queues
         self.waiting: OrderedDict[Timeout, None] = OrderedDict()
         self._clock = clock
         self._alarm: IDelayedCall | None = None
@@ -131,7 +132,9 @@ class _Queue:
                 del self.waiting[first]
                 first.fire()
         finally:
-            if self.waiting and self._alarm is None:
+            if not self.waiting:  # some lengths are there but once
+                self._queues.pop(self.length, None)
+            elif self._alarm is None:
                 left = next(iter(self.waiting)).due - now
                 self._alarm = self._clock.callLater(max(0.0, left), self._ring)
 

@@ -5,6 +5,7 @@ It parses; the requests that come out of it are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from twisted.internet.interfaces import ITransport
@@ -81,12 +82,14 @@ class TwistedChannel(HTTPChannel):
         channel.requestFactory = lambda *_: Parsed(self)
         channel.callLater = site.clock.callLater
         self.timeOut = int(IDLE_TIMEOUT_S)
+        self.send: Callable[[bytes], None] = lambda data: None
         self._retiring = False
         self._gone = False
 
     def connectionMade(self) -> None:
         """A client came."""
         super().connectionMade()
+        self.send = cast(ITransport, self.transport).write
         self.site.connections.add(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -113,10 +116,6 @@ class TwistedChannel(HTTPChannel):
         self.persistent = False
         if self.is_idle:
             self.close()
-
-    def send(self, data: bytes) -> None:
-        """See `IsChannel.send`."""
-        cast(ITransport, self.transport).write(data)
 
     def done(self) -> None:
         """See `IsChannel.done`."""

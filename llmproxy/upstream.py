@@ -31,7 +31,7 @@ from twisted.internet.interfaces import (
     IStreamClientEndpoint,
 )
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IBodyProducer, IResponse
+from twisted.web.iweb import IAgent
 
 from llmproxy import tls
 from llmproxy.agent import BackendAgent, Response
@@ -77,11 +77,10 @@ class Client(HTTPClient):
     """
 
     def request(  # type: ignore[override]  # of treq's options only those that are used
-        self, method: str, url: bytes, *, headers: Headers, data: RequestBody
-    ) -> Deferred[IResponse]:
+        self, method: str, url: bytes, *, headers: Headers, data: Any
+    ) -> Any:
         """See `treq.client.HTTPClient.request`; `url` as it is to be sent."""
-        body = cast(IBodyProducer, data)
-        return self._agent.request(method.encode("ascii"), url, headers, body)
+        return self._agent.request(method.encode("ascii"), url, headers, data)
 
 
 class Upstream:
@@ -102,8 +101,8 @@ class Upstream:
         Fails with NotSent, BackendTimeout, BackendError. Cancel it to close the connection.
         """
         url = self._urls.get(path) or self._url(path)
-        sent = self._client.request("POST", url, headers=headers, data=body)
-        return cast("Deferred[Response]", sent)
+        sent: Deferred[Response] = self._client.request("POST", url, headers=headers, data=body)
+        return sent
 
     def _url(self, path: str) -> bytes:
         url = self._base.child(*path.strip("/").split("/")).to_text().encode("ascii")
