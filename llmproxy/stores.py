@@ -6,6 +6,7 @@ SQLite journal, from which a delivery moves the bills.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llmproxy.model import State
 from llmproxy.storage import IAccounts, mongo
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
+from llmproxy.storage.rows import install
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
 
 #: How long a stop waits for the last commits; what is not written then is found at the next start.
@@ -55,7 +57,7 @@ class Stores:
         except OSError as error:
             raise StorageError(f"database {self._path}: {error.strerror}") from error
         self.ledger = SQLiteLedger(
-            self._pool(),
+            self._pool(install),
             self._reactor,
             self._owners,
             bills_here=not self._config.db.is_mongodb,
@@ -83,8 +85,8 @@ class Stores:
         self.ledger.notify = self.delivery.notify
         self.delivery.startService()
 
-    def _pool(self) -> ConnectionPool:
-        pool = make_pool(self._path, self._reactor)
+    def _pool(self, *install: Callable[[sqlite3.Connection], None]) -> ConnectionPool:
+        pool = make_pool(self._path, self._reactor, *install)
         self._pools.append(pool)
         return pool
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,10 +25,11 @@ from llmproxy.storage.journal import (
     OPEN_TIMEOUT_S,
     RETRY_S,
     SWEEP_S,
+    Operation,
     SQLiteLedger,
-    add_events,
 )
 from llmproxy.storage.owners import Owners
+from llmproxy.storage.rows import add_events, install
 from llmproxy.storage.sqlite import connect, make_pool, prepare
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, 6000, tzinfo=UTC)
@@ -58,13 +59,18 @@ class HeldPool:
 
     def __init__(self, path: Path) -> None:
         self.connection = connect(path)
+        install(self.connection)
         self.commits: list[int] = []  # how many operations were in each
-        self._waiting: list[tuple[Deferred[Any], Callable[..., Any], tuple[Any, ...]]] = []
+        self._waiting: list[tuple[Deferred[Any], Callable[[], Any], int]] = []
 
-    def runWithConnection(self, act: Callable[..., Any], *args: Any) -> Deferred[Any]:
+    def runWithConnection(
+        self, act: Callable[..., Any], take: Callable[[], Sequence[Operation]], *args: Any
+    ) -> Deferred[Any]:
+        """The thread begins at once: what is there by now is in this commit."""
         assert not self._waiting, "two commits at a time"
         done: Deferred[Any] = Deferred()
-        self._waiting.append((done, act, args))
+        batch = take()
+        self._waiting.append((done, lambda: act(self.connection, lambda: batch, *args), len(batch)))
         return done
 
     @property
@@ -73,22 +79,22 @@ class HeldPool:
 
     def commit(self) -> None:
         """Let the commit that waits succeed."""
-        ((done, act, args),) = self._waiting
+        ((done, act, operations),) = self._waiting
         self._waiting.clear()
         try:
-            result = act(self.connection, *args)
+            result = act()
         except Exception:
             done.errback(Failure())
         else:
-            self.commits.append(len(args[0]))
+            self.commits.append(operations)
             done.callback(result)
 
     def fail(self, *, applied: bool = False, text: str = "disk I/O error") -> None:
         """Let it fail; `applied`: it took effect all the same."""
-        ((done, act, args),) = self._waiting
+        ((done, act, _),) = self._waiting
         self._waiting.clear()
         if applied:
-            act(self.connection, *args)
+            act()
         done.errback(sqlite3.OperationalError(text))
 
     def commit_all(self) -> None:
@@ -355,6 +361,7 @@ def test_when_idle_waits_for_all_that_was_added(books: Books) -> None:
 def test_an_idle_writer_has_no_timer(books: Books) -> None:
     books.ledger.open(entry("r1"))
     books.pool.commit_all()
+    books.clock.advance(SWEEP_S)
     assert books.clock.getDelayedCalls() == []
 
 
@@ -628,6 +635,7 @@ def test_the_end_of_an_outage_is_noticed_though_nobody_asks(books: Books, outage
     books.pool.commit_all()
     assert not books.writer.failing
     assert books.writer.pending == 0
+    books.clock.advance(SWEEP_S)
     assert books.clock.getDelayedCalls() == []
 
 
@@ -816,7 +824,7 @@ class RealBooks:
         prepare(self.path)
         self.owners = Owners(self.path)
         self.owners.join()
-        self.pool: adbapi.ConnectionPool = make_pool(self.path, reactor)
+        self.pool: adbapi.ConnectionPool = make_pool(self.path, reactor, install)
         self.commits: list[int] = []
         self.ledger = SQLiteLedger(
             self.pool,
