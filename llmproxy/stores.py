@@ -24,6 +24,7 @@ from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.rows import install
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
+from llmproxy.storage.turnstile import Turnstile
 
 #: How long a stop waits for the last commits; what is not written then is found at the next start.
 LAST_COMMITS_S = 10.0
@@ -42,6 +43,7 @@ class Stores:
         self._reactor = reactor
         self._path: Path = config.db.sqlite_path or config.ledger.path
         self._owners = Owners(self._path)
+        self._turnstile = Turnstile(self._owners.folder / ".turnstile")
         self._pools: list[ConnectionPool] = []
         self._mongo: mongo.MongoStore | None = None
         self.delivery: Delivery | None = None
@@ -54,6 +56,7 @@ class Stores:
         prepare(self._path)
         try:
             self._owners.join()
+            self._turnstile.open()
         except OSError as error:
             raise StorageError(f"database {self._path}: {error.strerror}") from error
         self.ledger = SQLiteLedger(
@@ -62,6 +65,7 @@ class Stores:
             self._owners,
             bills_here=not self._config.db.is_mongodb,
             on_commit=on_commit,
+            turnstile=self._turnstile,
         )
         if self._config.db.is_mongodb:
             await self._open_mongo()
@@ -108,4 +112,5 @@ class Stores:
             await self._mongo.close()
         for pool in self._pools:
             pool.close()
+        self._turnstile.close()
         self._owners.leave()

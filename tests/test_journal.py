@@ -31,6 +31,7 @@ from llmproxy.storage.journal import (
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.rows import add_events, install
 from llmproxy.storage.sqlite import connect, make_pool, prepare
+from llmproxy.storage.turnstile import Turnstile
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, 6000, tzinfo=UTC)
 FINISHED = OPENED + timedelta(seconds=7)
@@ -675,6 +676,89 @@ def test_a_number_that_can_t_be_written_before_the_end_is_in_the_log(
     assert any("not written: r1 settled: prompt 3, completion 4" in line for line in logged)
 
 
+# -- a commit that does not come back ----------------------------------------------------------
+
+
+def hung(books: Books) -> None:
+    """A commit that has been running for too long."""
+    books.writer.write(lambda connection: None)
+    for _ in range(round(OPEN_TIMEOUT_S / SWEEP_S)):
+        assert not books.writer.failing
+        books.clock.advance(SWEEP_S)
+
+
+def told(logged: Sequence[str]) -> list[str]:
+    """What the log says, without its fields."""
+    return [line.split(" {")[0] for line in logged]
+
+
+def test_a_commit_that_hangs_counts_as_failing_and_new_work_is_refused_at_once(
+    books: Books,
+) -> None:
+    hung(books)
+    assert books.pool.busy
+    assert books.writer.failing
+    assert books.writer.hopeless
+    assert failure_of(books.ledger.open(entry("r1"))).check(StorageError)
+    books.pool.commit_all()
+    assert not books.writer.failing
+    assert not books.writer.hopeless
+    opened = books.ledger.open(entry("r2"))
+    books.pool.commit_all()
+    assert opened.called
+    assert [row[0] for row in books.rows()] == ["r2"]
+
+
+def test_a_commit_that_hangs_is_told_once_and_its_end_too(books: Books, logged: list[str]) -> None:
+    hung(books)
+    books.clock.pump([SWEEP_S] * 20)
+    books.pool.commit_all()
+    assert told(logged) == [
+        "ledger: a commit takes longer than 2 s",
+        "ledger: writing again",
+    ]
+
+
+def test_a_commit_that_hangs_and_then_fails_is_told_with_its_reason(
+    books: Books, logged: list[str]
+) -> None:
+    hung(books)
+    books.pool.fail()
+    assert books.writer.failing
+    for _ in range(3):
+        books.clock.advance(RETRY_S[1])
+        books.pool.fail()
+    books.clock.advance(RETRY_S[1])
+    books.pool.commit_all()
+    assert not books.writer.failing
+    assert told(logged) == [
+        "ledger: a commit takes longer than 2 s",
+        "ledger: commit failed, repeating: disk I/O error",
+        "ledger: writing again",
+    ]
+
+
+def test_a_commit_that_hangs_for_an_hour_does_not_fill_the_memory(books: Books) -> None:
+    books.writer.write(lambda connection: None)
+    refused: list[Failure] = []
+    for number in range(3600 * 4):
+        books.ledger.open(entry(f"r{number}")).addErrback(refused.append)
+        books.clock.advance(0.25)
+    assert len(refused) == 3600 * 4
+    assert books.writer.pending < 20
+    books.pool.commit_all()
+    assert books.rows() == []
+
+
+def test_each_commit_has_its_own_time(books: Books) -> None:
+    for _ in range(10):
+        books.writer.write(lambda connection: None)
+        books.clock.advance(OPEN_TIMEOUT_S / 2)
+        assert not books.writer.failing
+        books.pool.commit()
+    books.pool.commit_all()
+
+
 # -- recovery ----------------------------------------------------------------------------------
 
 
@@ -824,6 +908,8 @@ class RealBooks:
         prepare(self.path)
         self.owners = Owners(self.path)
         self.owners.join()
+        self.turnstile = Turnstile(self.owners.folder / ".turnstile")
+        self.turnstile.open()
         self.pool: adbapi.ConnectionPool = make_pool(self.path, reactor, install)
         self.commits: list[int] = []
         self.ledger = SQLiteLedger(
@@ -832,11 +918,13 @@ class RealBooks:
             self.owners,
             bills_here=True,
             on_commit=lambda seconds, operations: self.commits.append(operations),
+            turnstile=self.turnstile,
         )
 
     def close(self) -> None:
         self.ledger.writer.stop()
         self.pool.close()
+        self.turnstile.close()
         self.owners.leave()
 
 
@@ -883,6 +971,47 @@ async def test_a_locked_file_delays_a_settlement_and_refuses_an_opening(real: Re
     connection.close()
     assert rows[0] == ("r1", "complete", 1, 3)
     assert rows[1:] in ([], [("r2", "refused", 1, None)])
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_arrives_while_another_process_has_its_turn_is_one_commit(
+    real: RealBooks,
+) -> None:
+    await real.ledger.open(entry("first"))
+    real.commits.clear()
+    other = Turnstile(real.owners.folder / ".turnstile")
+    other.open()
+    with other:
+        opened = []
+        for number in range(10):
+            opened.append(real.ledger.open(entry(f"r{number}")))
+            await deferLater(reactor, 0.01)
+        assert not any(each.called for each in opened)
+    other.close()
+    await gatherResults(opened)
+    assert real.commits == [10]
+
+
+@pytest_twisted.ensureDeferred
+async def test_while_another_process_does_not_end_its_turn_new_work_is_refused(
+    real: RealBooks,
+) -> None:
+    other = Turnstile(real.owners.folder / ".turnstile")
+    other.open()
+    with other:
+        asked = reactor.seconds()
+        with pytest.raises(StorageError):
+            await real.ledger.open(entry("r1"))
+        assert reactor.seconds() - asked < OPEN_TIMEOUT_S + 0.3
+        await deferLater(reactor, 2 * SWEEP_S)
+        assert real.ledger.writer.failing
+        with pytest.raises(StorageError):
+            await real.ledger.open(entry("r2"))
+    other.close()
+    await real.ledger.open(entry("r3")).addErrback(lambda failure: failure.trap(StorageError))
+    await real.ledger.writer.when_idle()
+    assert not real.ledger.writer.failing
+    await real.ledger.open(entry("r4"))
 
 
 @pytest_twisted.ensureDeferred

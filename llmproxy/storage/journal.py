@@ -16,6 +16,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeGuard
 
 from twisted.enterprise import adbapi
@@ -181,7 +182,7 @@ class GroupCommit:
 
     States: idle; committing (a thread works on `_batch`, which it takes from `_queue` once it can
     write); waiting (the last commit failed and is repeated soon). `failing` tells that the last
-    commit failed; it goes on until a commit has really written something, whether or not
+    commit failed, or hangs; it goes on until a commit has really written something, whether or not
     anybody waits for one.
     """
 
@@ -192,8 +193,10 @@ class GroupCommit:
         pool: adbapi.ConnectionPool,
         clock: IReactorTime,
         on_commit: Callable[[float, int], None] = lambda seconds, operations: None,
+        turnstile: AbstractContextManager[None] | None = None,
     ) -> None:
         self._pool = pool
+        self._turnstile = turnstile or nullcontext()
         self._clock = clock
         self._on_commit = on_commit
         self._queue: list[Operation] = []
@@ -204,11 +207,13 @@ class GroupCommit:
         self._retry: IDelayedCall | None = None
         self._waiters: list[Deferred[None]] = []
         self._stopped = False
+        self._began = 0.0
+        self._hanging = False
         self._failing_since: float | None = None
 
     @property
     def failing(self) -> bool:
-        """The last commit failed."""
+        """The last commit failed, or takes too long."""
         return self._failing_since is not None
 
     @property
@@ -260,8 +265,9 @@ class GroupCommit:
             return
         if self._sweeper is None:
             self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
+        self._began = self._clock.seconds()
         started = time.monotonic()
-        running = self._pool.runWithConnection(_commit, self._take)
+        running = self._pool.runWithConnection(_commit, self._take, self._turnstile)
         running.addCallbacks(self._committed, self._failed, callbackArgs=(started,))
         running.addErrback(lambda failure: self.log.failure("ledger writer", failure))
 
@@ -278,6 +284,7 @@ class GroupCommit:
 
     def _committed(self, _: object, started: float) -> None:
         done, self._batch = self._batch, []
+        self._hanging = False
         if done:
             self._on_commit(time.monotonic() - started, len(done))
             self._works_again()
@@ -295,8 +302,9 @@ class GroupCommit:
         """Whether it took effect is unknown, so it is repeated until it surely has."""
         if self._stopped:
             return
-        if not self.failing:
+        if self._hanging or not self.failing:
             self.log.error("ledger: commit failed, repeating: {error}", error=failure.value)
+        self._hanging = False
         self._begin_failing(self._clock.seconds())
         self._retry = self._clock.callLater(self._retry_s, self._commit)
         self._retry_s = min(2 * self._retry_s, RETRY_S[1])
@@ -310,7 +318,7 @@ class GroupCommit:
         self._queue.append(Call(_touch))
 
     def _sweep(self) -> None:
-        """Give up openings that have waited too long."""
+        """Give up openings that have waited too long, and see whether the commit hangs."""
         self._sweeper = None
         if self._idle:
             return
@@ -319,6 +327,13 @@ class GroupCommit:
         for op in self._waiting():
             if isinstance(op, Opening) and not op.abandoned and op.deadline < now + SWEEP_S:
                 op.give_up()
+        if not self.failing and now - self._began >= OPEN_TIMEOUT_S:
+            # Nothing bounds the wait for another process's turn, or for a disk.
+            self._hanging = True
+            self._begin_failing(self._began)
+            self.log.error(
+                "ledger: a commit takes longer than {seconds:.0f} s", seconds=OPEN_TIMEOUT_S
+            )
 
     def _stop_sweeping(self) -> None:
         if self._sweeper is not None:
@@ -331,11 +346,16 @@ class GroupCommit:
             waiter.callback(None)
 
 
-def _commit(connection: sqlite3.Connection, take: Callable[[], Sequence[Operation]]) -> None:
-    """One commit of what `take` gives. Runs in the writer's thread."""
-    batch = take()
-    if batch:
-        _write(connection, batch)
+def _commit(
+    connection: sqlite3.Connection,
+    take: Callable[[], Sequence[Operation]],
+    turnstile: AbstractContextManager[None],
+) -> None:
+    """One commit, of what `take` gives when its turn has come. Runs in the writer's thread."""
+    with turnstile:
+        batch = take()
+        if batch:
+            _write(connection, batch)
 
 
 def _write(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
@@ -450,8 +470,9 @@ class SQLiteLedger:
         *,
         bills_here: bool,
         on_commit: Callable[[float, int], None] = lambda seconds, operations: None,
+        turnstile: AbstractContextManager[None] | None = None,
     ) -> None:
-        self.writer = GroupCommit(pool, clock, on_commit)
+        self.writer = GroupCommit(pool, clock, on_commit, turnstile)
         self._clock = clock
         self._owners = owners
         self._bills_here = bills_here
