@@ -6,6 +6,7 @@ SQLite journal, from which a delivery moves the bills.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,9 @@ from llmproxy.model import State
 from llmproxy.storage import IAccounts
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
+from llmproxy.storage.rows import install
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
-from llmproxy.storage.turns import Turns
+from llmproxy.storage.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from llmproxy.storage import mongo
@@ -69,7 +71,7 @@ class Stores:
         self._prepared, self._delivers, self._poll_s = prepared, delivers, poll_s
         self._path = database_of(config)
         self._owners = Owners(self._path)
-        self._turns = Turns(self._path)
+        self._turnstile = Turnstile(self._owners.folder / ".turnstile")
         self._pools: list[ConnectionPool] = []
         self._mongo: mongo.MongoStore | None = None
         self.delivery: Delivery | None = None
@@ -83,16 +85,16 @@ class Stores:
             prepare(self._path)
         try:
             self._owners.join()
-            if self._prepared:  # for several, who write it all the time
-                self._turns.join()
+            self._turnstile.open()
         except OSError as error:
             raise StorageError(f"database {self._path}: {error.strerror}") from error
         self.ledger = SQLiteLedger(
-            self._turns.around(self._pool()),
+            self._pool(install),
             self._reactor,
             self._owners,
             bills_here=not self._config.db.is_mongodb,
             on_commit=on_commit,
+            turnstile=self._turnstile,
         )
         if self._config.db.is_mongodb:
             await self._open_mongo()
@@ -122,8 +124,8 @@ class Stores:
         self.ledger.notify = self.delivery.notify
         self.delivery.startService()
 
-    def _pool(self) -> ConnectionPool:
-        pool = make_pool(self._path, self._reactor)
+    def _pool(self, *install: Callable[[sqlite3.Connection], None]) -> ConnectionPool:
+        pool = make_pool(self._path, self._reactor, *install)
         self._pools.append(pool)
         return pool
 
@@ -145,5 +147,5 @@ class Stores:
             await self._mongo.close()
         for pool in self._pools:
             pool.close()
-        self._turns.leave()
+        self._turnstile.close()
         self._owners.leave()

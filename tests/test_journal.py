@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +25,13 @@ from llmproxy.storage.journal import (
     OPEN_TIMEOUT_S,
     RETRY_S,
     SWEEP_S,
+    Operation,
     SQLiteLedger,
-    add_events,
 )
 from llmproxy.storage.owners import Owners
+from llmproxy.storage.rows import add_events, install
 from llmproxy.storage.sqlite import connect, make_pool, prepare
+from llmproxy.storage.turnstile import Turnstile
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, 6000, tzinfo=UTC)
 FINISHED = OPENED + timedelta(seconds=7)
@@ -58,13 +60,18 @@ class HeldPool:
 
     def __init__(self, path: Path) -> None:
         self.connection = connect(path)
+        install(self.connection)
         self.commits: list[int] = []  # how many operations were in each
-        self._waiting: list[tuple[Deferred[Any], Callable[..., Any], tuple[Any, ...]]] = []
+        self._waiting: list[tuple[Deferred[Any], Callable[[], Any], int]] = []
 
-    def runWithConnection(self, act: Callable[..., Any], *args: Any) -> Deferred[Any]:
+    def runWithConnection(
+        self, act: Callable[..., Any], take: Callable[[], Sequence[Operation]], *args: Any
+    ) -> Deferred[Any]:
+        """The thread begins at once: what is there by now is in this commit."""
         assert not self._waiting, "two commits at a time"
         done: Deferred[Any] = Deferred()
-        self._waiting.append((done, act, args))
+        batch = take()
+        self._waiting.append((done, lambda: act(self.connection, lambda: batch, *args), len(batch)))
         return done
 
     @property
@@ -73,22 +80,22 @@ class HeldPool:
 
     def commit(self) -> None:
         """Let the commit that waits succeed."""
-        ((done, act, args),) = self._waiting
+        ((done, act, operations),) = self._waiting
         self._waiting.clear()
         try:
-            result = act(self.connection, *args)
+            result = act()
         except Exception:
             done.errback(Failure())
         else:
-            self.commits.append(len(args[0]))
+            self.commits.append(operations)
             done.callback(result)
 
     def fail(self, *, applied: bool = False, text: str = "disk I/O error") -> None:
         """Let it fail; `applied`: it took effect all the same."""
-        ((done, act, args),) = self._waiting
+        ((done, act, _),) = self._waiting
         self._waiting.clear()
         if applied:
-            act(self.connection, *args)
+            act()
         done.errback(sqlite3.OperationalError(text))
 
     def commit_all(self) -> None:
@@ -355,6 +362,7 @@ def test_when_idle_waits_for_all_that_was_added(books: Books) -> None:
 def test_an_idle_writer_has_no_timer(books: Books) -> None:
     books.ledger.open(entry("r1"))
     books.pool.commit_all()
+    books.clock.advance(SWEEP_S)
     assert books.clock.getDelayedCalls() == []
 
 
@@ -628,6 +636,7 @@ def test_the_end_of_an_outage_is_noticed_though_nobody_asks(books: Books, outage
     books.pool.commit_all()
     assert not books.writer.failing
     assert books.writer.pending == 0
+    books.clock.advance(SWEEP_S)
     assert books.clock.getDelayedCalls() == []
 
 
@@ -665,6 +674,89 @@ def test_a_number_that_can_t_be_written_before_the_end_is_in_the_log(
     books.pool.fail()
     books.writer.stop()
     assert any("not written: r1 settled: prompt 3, completion 4" in line for line in logged)
+
+
+# -- a commit that does not come back ----------------------------------------------------------
+
+
+def hung(books: Books) -> None:
+    """A commit that has been running for too long."""
+    books.writer.write(lambda connection: None)
+    for _ in range(round(OPEN_TIMEOUT_S / SWEEP_S)):
+        assert not books.writer.failing
+        books.clock.advance(SWEEP_S)
+
+
+def told(logged: Sequence[str]) -> list[str]:
+    """What the log says, without its fields."""
+    return [line.split(" {")[0] for line in logged]
+
+
+def test_a_commit_that_hangs_counts_as_failing_and_new_work_is_refused_at_once(
+    books: Books,
+) -> None:
+    hung(books)
+    assert books.pool.busy
+    assert books.writer.failing
+    assert books.writer.hopeless
+    assert failure_of(books.ledger.open(entry("r1"))).check(StorageError)
+    books.pool.commit_all()
+    assert not books.writer.failing
+    assert not books.writer.hopeless
+    opened = books.ledger.open(entry("r2"))
+    books.pool.commit_all()
+    assert opened.called
+    assert [row[0] for row in books.rows()] == ["r2"]
+
+
+def test_a_commit_that_hangs_is_told_once_and_its_end_too(books: Books, logged: list[str]) -> None:
+    hung(books)
+    books.clock.pump([SWEEP_S] * 20)
+    books.pool.commit_all()
+    assert told(logged) == [
+        "ledger: a commit takes longer than 2 s",
+        "ledger: writing again",
+    ]
+
+
+def test_a_commit_that_hangs_and_then_fails_is_told_with_its_reason(
+    books: Books, logged: list[str]
+) -> None:
+    hung(books)
+    books.pool.fail()
+    assert books.writer.failing
+    for _ in range(3):
+        books.clock.advance(RETRY_S[1])
+        books.pool.fail()
+    books.clock.advance(RETRY_S[1])
+    books.pool.commit_all()
+    assert not books.writer.failing
+    assert told(logged) == [
+        "ledger: a commit takes longer than 2 s",
+        "ledger: commit failed, repeating: disk I/O error",
+        "ledger: writing again",
+    ]
+
+
+def test_a_commit_that_hangs_for_an_hour_does_not_fill_the_memory(books: Books) -> None:
+    books.writer.write(lambda connection: None)
+    refused: list[Failure] = []
+    for number in range(3600 * 4):
+        books.ledger.open(entry(f"r{number}")).addErrback(refused.append)
+        books.clock.advance(0.25)
+    assert len(refused) == 3600 * 4
+    assert books.writer.pending < 20
+    books.pool.commit_all()
+    assert books.rows() == []
+
+
+def test_each_commit_has_its_own_time(books: Books) -> None:
+    for _ in range(10):
+        books.writer.write(lambda connection: None)
+        books.clock.advance(OPEN_TIMEOUT_S / 2)
+        assert not books.writer.failing
+        books.pool.commit()
+    books.pool.commit_all()
 
 
 # -- recovery ----------------------------------------------------------------------------------
@@ -816,7 +908,9 @@ class RealBooks:
         prepare(self.path)
         self.owners = Owners(self.path)
         self.owners.join()
-        self.pool: adbapi.ConnectionPool = make_pool(self.path, reactor)
+        self.turnstile = Turnstile(self.owners.folder / ".turnstile")
+        self.turnstile.open()
+        self.pool: adbapi.ConnectionPool = make_pool(self.path, reactor, install)
         self.commits: list[int] = []
         self.ledger = SQLiteLedger(
             self.pool,
@@ -824,11 +918,13 @@ class RealBooks:
             self.owners,
             bills_here=True,
             on_commit=lambda seconds, operations: self.commits.append(operations),
+            turnstile=self.turnstile,
         )
 
     def close(self) -> None:
         self.ledger.writer.stop()
         self.pool.close()
+        self.turnstile.close()
         self.owners.leave()
 
 
@@ -875,6 +971,47 @@ async def test_a_locked_file_delays_a_settlement_and_refuses_an_opening(real: Re
     connection.close()
     assert rows[0] == ("r1", "complete", 1, 3)
     assert rows[1:] in ([], [("r2", "refused", 1, None)])
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_arrives_while_another_process_has_its_turn_is_one_commit(
+    real: RealBooks,
+) -> None:
+    await real.ledger.open(entry("first"))
+    real.commits.clear()
+    other = Turnstile(real.owners.folder / ".turnstile")
+    other.open()
+    with other:
+        opened = []
+        for number in range(10):
+            opened.append(real.ledger.open(entry(f"r{number}")))
+            await deferLater(reactor, 0.01)
+        assert not any(each.called for each in opened)
+    other.close()
+    await gatherResults(opened)
+    assert real.commits == [10]
+
+
+@pytest_twisted.ensureDeferred
+async def test_while_another_process_does_not_end_its_turn_new_work_is_refused(
+    real: RealBooks,
+) -> None:
+    other = Turnstile(real.owners.folder / ".turnstile")
+    other.open()
+    with other:
+        asked = reactor.seconds()
+        with pytest.raises(StorageError):
+            await real.ledger.open(entry("r1"))
+        assert reactor.seconds() - asked < OPEN_TIMEOUT_S + 0.3
+        await deferLater(reactor, 2 * SWEEP_S)
+        assert real.ledger.writer.failing
+        with pytest.raises(StorageError):
+            await real.ledger.open(entry("r2"))
+    other.close()
+    await real.ledger.open(entry("r3")).addErrback(lambda failure: failure.trap(StorageError))
+    await real.ledger.writer.when_idle()
+    assert not real.ledger.writer.failing
+    await real.ledger.open(entry("r4"))
 
 
 @pytest_twisted.ensureDeferred

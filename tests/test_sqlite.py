@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,8 +20,11 @@ from typing import Any
 import pytest
 import pytest_twisted
 from backend import ScriptedBackend, json_answer
+from hypothesis import given
+from hypothesis import strategies as st
 from proxy import reactor, running_proxy
 from twisted.enterprise import adbapi
+from twisted.internet.defer import gatherResults
 
 from llmproxy.errors import StorageError
 from llmproxy.model import Account
@@ -124,6 +128,61 @@ async def test_connections_commit_durably(pool: adbapi.ConnectionPool) -> None:
         return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
     assert await pool.runWithConnection(pragmas) == ["wal", 2, 1000]
+
+
+@pytest_twisted.ensureDeferred
+async def test_jobs_are_done_in_their_order_in_one_thread(pool: adbapi.ConnectionPool) -> None:
+    def job(connection: Any, number: int, *, named: str) -> Any:
+        return number, named, threading.get_ident(), connection.in_transaction
+
+    jobs = [pool.runWithConnection(job, number, named="x") for number in range(20)]
+    results = await gatherResults(jobs)
+    (thread,) = {thread for *_, thread, _ in results}
+    assert thread != threading.get_ident()
+    assert results == [(number, "x", thread, False) for number in range(20)]
+    assert await pool.runQuery("SELECT 1") == [(1,)]  # the usual ways go through it, too
+    assert await pool.runWithConnection(job, 1, named="y") == (1, "y", thread, False)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_job_that_fails_leaves_nothing_to_the_next(pool: adbapi.ConnectionPool) -> None:
+    def fail(connection: Any) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO api_key (id) VALUES ('half')")
+        raise ValueError("a bug of ours")
+
+    with pytest.raises(ValueError, match="a bug of ours"):
+        await pool.runWithConnection(fail)
+    assert await pool.runWithConnection(lambda connection: connection.in_transaction) is False
+    with pytest.raises(sqlite3.OperationalError):
+        await pool.runQuery("SELECT nonsense")
+    assert await pool.runQuery("SELECT count(*) FROM api_key") == [(0,)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_pool_without_a_connection_fails_its_jobs_and_tries_again(path: Path) -> None:
+    pool = make_pool(path.parent / "later" / "db.sqlite", reactor)
+    try:
+        jobs = [pool.runQuery("SELECT 1") for _ in range(3)]
+        for job in jobs:
+            with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+                await job
+        (path.parent / "later").mkdir()
+        assert await pool.runQuery("SELECT 1") == [(1,)]
+    finally:
+        pool.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_pool_that_is_closed_has_no_thread_left(path: Path) -> None:
+    prepare(path)
+    before = threading.active_count()
+    for used in (True, False):
+        pool = make_pool(path, reactor)
+        if used:
+            await pool.runQuery("SELECT 1")
+        pool.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(
@@ -383,6 +442,16 @@ async def test_a_file_that_can_t_be_read_is_no_verdict_on_a_key(
 
 
 # -- times -------------------------------------------------------------------------------------
+
+
+@given(
+    st.datetimes(
+        min_value=datetime(2, 1, 1), max_value=datetime(9998, 1, 1), timezones=st.timezones()
+    )
+    | st.datetimes(timezones=st.just(UTC))
+)
+def test_times_as_text_are_iso_8601_in_utc(moment: datetime) -> None:
+    assert to_text(moment) == moment.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def test_times_as_text_have_the_order_of_times() -> None:

@@ -24,6 +24,7 @@ from llmproxy.storage import IAccounts, ILedger, IOutbox
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.memory import MemoryAccounts, MemoryLedger, MemoryStore
 from llmproxy.storage.owners import Owners
+from llmproxy.storage.rows import install
 from llmproxy.storage.sqlite import SQLiteAccounts, connect, make_pool, prepare
 
 # The global reactor has no type of its own: it is whichever was installed.
@@ -109,7 +110,7 @@ class SQLiteBox:
         self._dead: set[str] = set()
 
     def _pool(self) -> ConnectionPool:
-        self._pools.append(make_pool(self._path, reactor))
+        self._pools.append(make_pool(self._path, reactor, install))
         return self._pools[-1]
 
     def ledger(self, owner: str = "me", *, bills_here: bool = True) -> Ledger:

@@ -32,7 +32,7 @@ from llmproxy.model import (
     events,
     utcnow,
 )
-from llmproxy.storage.journal import add_events
+from llmproxy.storage.rows import add_events
 from llmproxy.storage.sqlite import from_text, to_text
 
 COLUMNS = (

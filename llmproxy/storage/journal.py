@@ -16,7 +16,8 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, TypeGuard
 
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail, succeed
@@ -38,9 +39,9 @@ from llmproxy.model import (
     events,
     utcnow,
 )
-from llmproxy.storage import ILedger, IOutbox
+from llmproxy.storage import ILedger, IOutbox, rows
 from llmproxy.storage.owners import Owners
-from llmproxy.storage.sqlite import from_text, to_text
+from llmproxy.storage.sqlite import from_text
 
 #: How long an `open` may wait for its commit before the request is refused.
 OPEN_TIMEOUT_S = 2.0
@@ -51,18 +52,6 @@ COUNTED_BACKLOG = 100_000
 #: The pause before a failed commit is repeated: doubled each time, up to the second number.
 RETRY_S = (0.05, 1.0)
 
-# Not `OR IGNORE`, which would pass over a row with a NULL where none may be as if it were there.
-OPEN_ROW = """INSERT INTO ledger
-    (rid, state, owner, opened, api_key, user_id, path, model, device)
-    VALUES (?, 'open', ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (rid) DO NOTHING"""
-# `orphan` may still become better known: another process may have taken us for dead.
-CLOSE_ROW = """UPDATE ledger SET state = ?, outcome = ?, status = ?, finished = ?, raw = ?,
-    prompt = ?, completion = ?, embedding = ?, transcription = ?, delivered = ?
-    WHERE rid = ? AND state IN ('open', 'orphan')"""
-CHECKPOINT_ROW = """UPDATE ledger SET
-    prompt = ?, completion = ?, embedding = ?, transcription = ? WHERE rid = ? AND state = 'open'"""
-ADD_EVENT = """INSERT OR IGNORE INTO event_oneoff (created, api_key, product, quantity, rid)
-    VALUES (?, ?, ?, ?, ?)"""
 # `<> 'settled'` says nothing new, but without it SQLite does not see that its index will do.
 OPEN_OWNERS = """SELECT DISTINCT owner FROM ledger
     WHERE state = 'open' AND state <> 'settled'"""
@@ -83,13 +72,23 @@ class Operation:
     """One thing to do inside a commit; it is done again when the commit's fate is unknown.
 
     `error`: why this one can never be written (a fault of ours); the others are not held up.
+    `statement`: by which many of its kind are written at once; None for those that stand alone.
     """
 
-    def __init__(self, write: Callable[[sqlite3.Connection], None], what: str = "") -> None:
+    __slots__ = ("done", "error")
+    statement: ClassVar[rows.Statement | None] = None
+
+    def __init__(self) -> None:
         self.done: Deferred[None] = Deferred()
-        self.write = write
-        self.what = what
         self.error: Exception | None = None
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        """What there is to do."""
+        raise NotImplementedError
+
+    def lost(self) -> str:
+        """What the log has to keep of it if it can't be written before the end."""
+        return ""
 
     def apply(self, connection: sqlite3.Connection) -> None:
         """Do it, in the writer's thread."""
@@ -117,33 +116,44 @@ def _is_trouble(error: Exception) -> bool:
     return isinstance(error, passing) or type(error) is sqlite3.DatabaseError
 
 
-class Opening(Operation):
+class Call(Operation):
+    """A function, which stands alone."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[[sqlite3.Connection], None]) -> None:
+        super().__init__()
+        self._function = function
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        self._function(connection)
+
+
+class RowOperation(Operation):
+    """One that writes `row`, together with others of its kind if there are any."""
+
+    __slots__ = ("row",)
+    statement: ClassVar[rows.Statement]
+
+    def __init__(self, row: rows.Row) -> None:
+        super().__init__()
+        self.row = row
+
+    def write(self, connection: sqlite3.Connection) -> None:
+        self.statement.write(connection, [self.row])
+
+
+class Opening(RowOperation):
     """The opening of a row; given up when it takes too long."""
 
-    def __init__(self, entry: Entry, owner: str, deadline: float) -> None:
-        super().__init__(self._open)
-        self.entry = entry
+    __slots__ = ("abandoned", "deadline", "tried")
+    statement = rows.OPEN
+
+    def __init__(self, row: rows.Row, deadline: float) -> None:
+        super().__init__(row)
         self.deadline = deadline
         self.abandoned = False
         self.tried = False
-        self._owner = owner
-
-    def _open(self, connection: sqlite3.Connection) -> None:
-        self.tried = True
-        entry, account = self.entry, self.entry.account
-        connection.execute(
-            OPEN_ROW,
-            (
-                entry.rid,
-                self._owner,
-                to_text(entry.opened),
-                account.key_id,
-                account.user_id,
-                entry.path,
-                entry.model,
-                entry.device,
-            ),
-        )
 
     def give_up(self) -> None:
         """Nobody waits any more; if the row is there, or may be, it must be closed."""
@@ -151,12 +161,29 @@ class Opening(Operation):
         self.done.errback(StorageError("the ledger did not write in time"))
 
 
+class Closing(RowOperation):
+    """The closing of a row; the lines of its bill, if they are in this file, go with it."""
+
+    __slots__ = ()
+    statement = rows.CLOSE
+
+
+class Settling(Closing):
+    """The closing of a row whose request was sent."""
+
+    __slots__ = ()
+
+    def lost(self) -> str:
+        return rows.describe_closing(self.row)
+
+
 class GroupCommit:
     """The writer: runs operations in commits, in order, and repeats a commit that failed.
 
-    States: idle (`_batch` is empty); committing (a thread works on `_batch`); waiting (the last
-    commit failed and is repeated soon). `failing` tells that the last commit failed; it goes on
-    until a commit has really written something, whether or not anybody waits for one.
+    States: idle; committing (a thread works on `_batch`, which it takes from `_queue` once it can
+    write); waiting (the last commit failed and is repeated soon). `failing` tells that the last
+    commit failed, or hangs; it goes on until a commit has really written something, whether or not
+    anybody waits for one.
     """
 
     log = Logger()
@@ -166,22 +193,27 @@ class GroupCommit:
         pool: adbapi.ConnectionPool,
         clock: IReactorTime,
         on_commit: Callable[[float, int], None] = lambda seconds, operations: None,
+        turnstile: AbstractContextManager[None] | None = None,
     ) -> None:
         self._pool = pool
+        self._turnstile = turnstile or nullcontext()
         self._clock = clock
         self._on_commit = on_commit
         self._queue: list[Operation] = []
         self._batch: list[Operation] = []
+        self._idle = True
         self._retry_s = RETRY_S[0]
         self._sweeper: IDelayedCall | None = None
         self._retry: IDelayedCall | None = None
-        self._idle: list[Deferred[None]] = []
+        self._waiters: list[Deferred[None]] = []
         self._stopped = False
+        self._began = 0.0
+        self._hanging = False
         self._failing_since: float | None = None
 
     @property
     def failing(self) -> bool:
-        """The last commit failed."""
+        """The last commit failed, or takes too long."""
         return self._failing_since is not None
 
     @property
@@ -198,28 +230,28 @@ class GroupCommit:
     def add(self, operation: Operation) -> Deferred[None]:
         """Put an operation into the next commit; its Deferred fires once it is durable."""
         self._queue.append(operation)
-        if not self._batch:
+        if self._idle:
             self._commit()
         return operation.done
 
-    def write(self, write: Callable[[sqlite3.Connection], None], what: str = "") -> Deferred[None]:
-        """The same for a plain function; `what` tells of it if it can't be written in the end."""
-        return self.add(Operation(write, what))
+    def write(self, write: Callable[[sqlite3.Connection], None]) -> Deferred[None]:
+        """The same for a plain function."""
+        return self.add(Call(write))
 
     def when_idle(self) -> Deferred[None]:
         """Fires when all that was added is durable."""
         if not self.pending:
             return succeed(None)
         waiter: Deferred[None] = Deferred()
-        self._idle.append(waiter)
+        self._waiters.append(waiter)
         return waiter
 
     def stop(self) -> None:
         """Try no more, and say what is lost with us: the numbers of rows that stay open."""
         self._stopped = True
-        for operation in [*self._batch, *self._queue]:
-            if operation.what:
-                self.log.error("ledger: not written: {what}", what=operation.what)
+        for operation in self._waiting():
+            if what := operation.lost():
+                self.log.error("ledger: not written: {what}", what=what)
         self._stop_sweeping()
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
@@ -227,49 +259,81 @@ class GroupCommit:
     def _commit(self) -> None:
         if self._stopped:
             return
-        self._batch, self._queue = _without_abandoned(self._batch + self._queue), []
-        if not self._batch:
-            self._stop_sweeping()
+        self._idle = not self.pending
+        if self._idle:
             self._tell_idle()
             return
         if self._sweeper is None:
             self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
+        self._began = self._clock.seconds()
         started = time.monotonic()
-        running = self._pool.runWithConnection(_apply_all, self._batch)
+        running = self._pool.runWithConnection(_commit, self._take, self._turnstile)
         running.addCallbacks(self._committed, self._failed, callbackArgs=(started,))
         running.addErrback(lambda failure: self.log.failure("ledger writer", failure))
 
+    def _waiting(self) -> list[Operation]:
+        """All that is not durable yet, the newest first. None is missed while `_take` moves it."""
+        return list(dict.fromkeys([*self._queue, *self._batch]))
+
+    def _take(self) -> Sequence[Operation]:
+        """What the next commit writes. Called in the writer's thread, while the queue grows."""
+        new = self._queue[:]  # the same list all the time: the reactor's thread appends to it
+        self._batch = _without_abandoned(self._batch + new)
+        del self._queue[: len(new)]
+        return self._batch
+
     def _committed(self, _: object, started: float) -> None:
         done, self._batch = self._batch, []
-        self._on_commit(time.monotonic() - started, len(done))
-        if self.failing:
-            self._failing_since, self._retry_s = None, RETRY_S[0]
-            self.log.info("ledger: writing again")
-        self._queue = [_closing(op.entry) for op in done if _abandoned(op)] + self._queue
+        self._hanging = False
+        if done:
+            self._on_commit(time.monotonic() - started, len(done))
+            self._works_again()
+        self._queue[:0] = [_closing(op) for op in done if _abandoned(op)]
         self._commit()  # the next commit runs in its thread while the waiters of this one go on
         for operation in done:
             operation.finish()
+
+    def _works_again(self) -> None:
+        if self._failing_since is not None:
+            self._failing_since, self._retry_s = None, RETRY_S[0]
+            self.log.info("ledger: writing again")
 
     def _failed(self, failure: Failure) -> None:
         """Whether it took effect is unknown, so it is repeated until it surely has."""
         if self._stopped:
             return
-        if not self.failing:
-            self._failing_since = self._clock.seconds()
-            # It stays when all others have given up: who is told to go elsewhere while we fail
-            # would never find out that we don't any more.
-            self._queue.append(Operation(_touch))
+        if self._hanging or not self.failing:
             self.log.error("ledger: commit failed, repeating: {error}", error=failure.value)
+        self._hanging = False
+        self._begin_failing(self._clock.seconds())
         self._retry = self._clock.callLater(self._retry_s, self._commit)
         self._retry_s = min(2 * self._retry_s, RETRY_S[1])
 
+    def _begin_failing(self, since: float) -> None:
+        if self.failing:
+            return
+        self._failing_since = since
+        # It stays when all others have given up: who is told to go elsewhere while we fail
+        # would never find out that we don't any more.
+        self._queue.append(Call(_touch))
+
     def _sweep(self) -> None:
-        """Give up openings that have waited too long."""
+        """Give up openings that have waited too long, and see whether the commit hangs."""
+        self._sweeper = None
+        if self._idle:
+            return
         self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
-        soon = self._clock.seconds() + SWEEP_S
-        for op in [*self._batch, *self._queue]:
-            if isinstance(op, Opening) and not op.abandoned and op.deadline < soon:
+        now = self._clock.seconds()
+        for op in self._waiting():
+            if isinstance(op, Opening) and not op.abandoned and op.deadline < now + SWEEP_S:
                 op.give_up()
+        if not self.failing and now - self._began >= OPEN_TIMEOUT_S:
+            # Nothing bounds the wait for another process's turn, or for a disk.
+            self._hanging = True
+            self._begin_failing(self._began)
+            self.log.error(
+                "ledger: a commit takes longer than {seconds:.0f} s", seconds=OPEN_TIMEOUT_S
+            )
 
     def _stop_sweeping(self) -> None:
         if self._sweeper is not None:
@@ -277,22 +341,78 @@ class GroupCommit:
             self._sweeper = None
 
     def _tell_idle(self) -> None:
-        waiters, self._idle = self._idle, []
+        waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter.callback(None)
 
 
-def _apply_all(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
-    """One commit. Runs in the writer's thread."""
+def _commit(
+    connection: sqlite3.Connection,
+    take: Callable[[], Sequence[Operation]],
+    turnstile: AbstractContextManager[None],
+) -> None:
+    """One commit, of what `take` gives when its turn has come. Runs in the writer's thread."""
+    with turnstile:
+        batch = take()
+        if batch:
+            _write(connection, batch)
+
+
+def _write(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for operation in batch:
-            operation.apply(connection)
+        _apply(connection, batch)
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _apply(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
+    """Do all of `batch`, with the effect that it has one by one in its order.
+
+    Openings go before closings, as long as none is of a row that was closed before it.
+    """
+    openings: list[Opening] = []
+    closings: list[Closing] = []
+    closed: set[object] = set()
+
+    def flush() -> None:
+        _apply_rows(connection, openings)
+        _apply_rows(connection, closings)
+        for done in (openings, closings, closed):
+            done.clear()
+
+    for operation in batch:
+        if isinstance(operation, Closing):
+            closings.append(operation)
+            closed.add(operation.row[0])
+        elif isinstance(operation, Opening):
+            if operation.row[0] in closed:
+                flush()
+            operation.tried = True
+            openings.append(operation)
+        else:
+            flush()
+            operation.apply(connection)
+    flush()
+
+
+def _apply_rows(connection: sqlite3.Connection, operations: Sequence[RowOperation]) -> None:
+    """Do operations of one kind at once; if one of them can't be written, one by one."""
+    if not operations:
+        return
+    try:
+        operations[0].statement.write(connection, [each.row for each in operations])
+    except Exception as error:
+        if _is_trouble(error):
+            raise
+        for operation in operations:
+            operation.apply(connection)
+    else:
+        for operation in operations:
+            operation.error = None
 
 
 def _touch(connection: sqlite3.Connection) -> None:
@@ -308,53 +428,13 @@ def _abandoned(operation: Operation) -> TypeGuard[Opening]:
 def _without_abandoned(batch: Sequence[Operation]) -> list[Operation]:
     """Drop openings that nobody waits for; those that were tried may be there: close them."""
     return [
-        _closing(op.entry) if _abandoned(op) else op
-        for op in batch
-        if not _abandoned(op) or op.tried
+        _closing(op) if _abandoned(op) else op for op in batch if not _abandoned(op) or op.tried
     ]
 
 
-def _closing(entry: Entry) -> Operation:
+def _closing(opening: Opening) -> Closing:
     """Close the row, if it is there, of a request that was given up before it was sent."""
-    settlement = Settlement(
-        state=State.SETTLED, outcome=Outcome.REFUSED, counts={}, finished=entry.opened
-    )
-
-    return Operation(lambda connection: close_row(connection, entry, settlement, delivered=True))
-
-
-def close_row(
-    connection: sqlite3.Connection, entry: Entry, settlement: Settlement, *, delivered: bool
-) -> None:
-    """Close an open row and, if `delivered` (the bill is in this file), add its events."""
-    due = events(entry, settlement)
-    changed = connection.execute(
-        CLOSE_ROW,
-        (
-            settlement.state,
-            settlement.outcome,
-            settlement.status,
-            to_text(settlement.finished),
-            settlement.raw,
-            *_columns(settlement.counts),
-            delivered or (not due and settlement.state is State.SETTLED),
-            entry.rid,
-        ),
-    ).rowcount
-    if changed and delivered:
-        add_events(connection, due)
-
-
-def add_events(connection: sqlite3.Connection, due: Sequence[Event]) -> None:
-    """Put events on the bill in this file; those that are there already stay as they are."""
-    connection.executemany(
-        ADD_EVENT,
-        [(to_text(e.created), e.account.key_id, e.product, e.quantity, e.rid) for e in due],
-    )
-
-
-def _columns(counts: Counts) -> list[int | None]:
-    return [counts.get(kind) for kind in Kind]
+    return Closing(rows.closing_for_nothing(opening.row))
 
 
 def _entry(row: Sequence[Any]) -> tuple[Entry, Counts]:
@@ -390,8 +470,9 @@ class SQLiteLedger:
         *,
         bills_here: bool,
         on_commit: Callable[[float, int], None] = lambda seconds, operations: None,
+        turnstile: AbstractContextManager[None] | None = None,
     ) -> None:
-        self.writer = GroupCommit(pool, clock, on_commit)
+        self.writer = GroupCommit(pool, clock, on_commit, turnstile)
         self._clock = clock
         self._owners = owners
         self._bills_here = bills_here
@@ -403,22 +484,17 @@ class SQLiteLedger:
             # Nothing is kept of it: an outage of hours must not fill the memory.
             return fail(StorageError("the ledger can't be written"))
         deadline = self._clock.seconds() + OPEN_TIMEOUT_S
-        return self.writer.add(Opening(entry, self._owners.me, deadline))
+        return self.writer.add(Opening(rows.opening(entry, self._owners.me), deadline))
 
     def checkpoint(self, running: Mapping[str, Counts]) -> Deferred[None]:
         """See `ILedger.checkpoint`."""
-        rows = [(*_columns(counts), rid) for rid, counts in running.items()]
-        return self.writer.write(lambda connection: _many(connection, CHECKPOINT_ROW, rows))
+        noted = [rows.checkpoint(rid, counts) for rid, counts in running.items()]
+        return self.writer.write(lambda connection: rows.CHECKPOINT.write(connection, noted))
 
     def settle(self, entry: Entry, settlement: Settlement) -> Deferred[None]:
         """See `ILedger.settle`."""
-
-        def close(connection: sqlite3.Connection) -> None:
-            close_row(connection, entry, settlement, delivered=self._bills_here)
-
-        counted = ", ".join(f"{kind} {count}" for kind, count in settlement.counts.items())
-        what = f"{entry.rid} {settlement.state}: {counted or 'nothing'}"
-        settled = self.writer.write(close, what)
+        row = rows.closing(entry.rid, settlement, bills_here=self._bills_here)
+        settled = self.writer.add(Settling(row))
         if not self._bills_here:
             settled.addCallback(lambda _: self.notify())
         return settled
@@ -436,12 +512,15 @@ class SQLiteLedger:
         return self.writer.write(recover).addCallback(lambda _: found)
 
     def _close_all(self, connection: sqlite3.Connection, owner: str, found: Counter) -> None:
-        for row in connection.execute(OPEN_ROWS, (owner,)).fetchall():
+        found_rows = connection.execute(OPEN_ROWS, (owner,)).fetchall()
+        closings = []
+        for row in found_rows:
             entry, counts = _entry(row)
             state = State.ESTIMATED if counts else State.ORPHAN
             settlement = Settlement(state=state, outcome=None, counts=counts, finished=utcnow())
-            close_row(connection, entry, settlement, delivered=self._bills_here)
+            closings.append(rows.closing(entry.rid, settlement, bills_here=self._bills_here))
             found[state] = found.get(state, 0) + 1
+        rows.CLOSE.write(connection, closings)
 
     def undelivered(self, limit: int) -> Deferred[Sequence[Event]]:
         """See `IOutbox.undelivered`."""
@@ -457,24 +536,19 @@ class SQLiteLedger:
 
     def mark_delivered(self, rids: Sequence[str]) -> Deferred[None]:
         """See `IOutbox.mark_delivered`."""
-        rows = [(rid,) for rid in rids]
-        statement = "UPDATE ledger SET delivered = 1 WHERE rid = ?"
-        return self.writer.write(lambda connection: _many(connection, statement, rows))
+        marked = [(rid,) for rid in rids]
+        return self.writer.write(lambda connection: rows.MARK_DELIVERED.write(connection, marked))
 
     def backlog(self) -> Deferred[tuple[int, float]]:
         """See `IOutbox.backlog`."""
         found: list[tuple[int, float]] = []
 
         def read(connection: sqlite3.Connection) -> None:
-            rows, oldest = connection.execute(BACKLOG, (COUNTED_BACKLOG,)).fetchone()
+            waiting, oldest = connection.execute(BACKLOG, (COUNTED_BACKLOG,)).fetchone()
             age = self._clock.seconds() - from_text(oldest).timestamp() if oldest else 0.0
-            found[:] = [(rows, max(age, 0.0))]
+            found[:] = [(waiting, max(age, 0.0))]
 
         return self.writer.write(read).addCallback(lambda _: found[0])
-
-
-def _many(connection: sqlite3.Connection, statement: str, rows: Sequence[Any]) -> None:
-    connection.executemany(statement, rows)
 
 
 def _open_owners(connection: sqlite3.Connection) -> list[str]:

@@ -13,25 +13,28 @@ from pathlib import Path
 
 
 class Owners:
-    """The folder of lock files `DATABASE-owners/`, and our own lock in it."""
+    """The folder of lock files `DATABASE-owners/`, and our own lock in it.
+
+    A name that begins with a dot is no process's.
+    """
 
     def __init__(self, database: Path) -> None:
-        self._folder = database.with_name(database.name + "-owners")
+        self.folder = database.with_name(database.name + "-owners")
         self._lock: int | None = None
         self.me = uuid.uuid4().hex
 
     def join(self) -> None:
         """Take our lock. Raises OSError."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        unlocked = self._folder / f".{self.me}"  # nobody may take us for dead in between
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        unlocked = self.folder / f".{self.me}"  # nobody may take us for dead in between
         self._lock = os.open(unlocked, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        unlocked.rename(self._folder / self.me)
+        unlocked.rename(self.folder / self.me)
 
     def leave(self) -> None:
         """Give our lock back; from now on our open rows, if any, are anybody's to close."""
         if self._lock is not None:
-            (self._folder / self.me).unlink(missing_ok=True)
+            (self.folder / self.me).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
@@ -40,7 +43,7 @@ class Owners:
         if owner == self.me:
             return False
         try:
-            lock = os.open(self._folder / owner, os.O_RDWR | os.O_CLOEXEC)
+            lock = os.open(self.folder / owner, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return True
         try:
@@ -53,10 +56,10 @@ class Owners:
 
     def bury(self, owner: str) -> None:
         """Remove the file of a dead process."""
-        (self._folder / owner).unlink(missing_ok=True)
+        (self.folder / owner).unlink(missing_ok=True)
 
     def bury_dead(self) -> None:
         """Remove the files of all dead processes, those without open rows too."""
-        for file in self._folder.iterdir():
+        for file in self.folder.iterdir():
             if not file.name.startswith(".") and self.is_dead(file.name):
                 self.bury(file.name)

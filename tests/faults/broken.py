@@ -25,7 +25,7 @@ from twisted.internet.task import deferLater
 from llmproxy.exchange import Exchange
 from llmproxy.forward import Ending, Forward
 from llmproxy.model import Entry, Kind, Outcome, Settlement, events
-from llmproxy.storage import journal, sqlite
+from llmproxy.storage import journal, rows, sqlite
 
 SetAttribute = Callable[[Any, str, Any], object]
 
@@ -49,11 +49,9 @@ def bill_at_the_end(set_attribute: SetAttribute) -> None:
         return succeed(None)
 
     def settle(self: Any, entry: Entry, settlement: Settlement) -> Deferred[None]:
-        row = journal.Opening(entry, self._owners.me, 0.0)
-
         def write(connection: Any) -> None:
-            row.write(connection)
-            journal.close_row(connection, entry, settlement, delivered=True)
+            rows.OPEN.write(connection, [rows.opening(entry, self._owners.me)])
+            rows.CLOSE.write(connection, [rows.closing(entry.rid, settlement, bills_here=True)])
 
         written: Deferred[None] = self.writer.write(write)
         return written
@@ -65,10 +63,10 @@ def bill_at_the_end(set_attribute: SetAttribute) -> None:
 def bill_again(set_attribute: SetAttribute) -> None:
     def settle(self: Any, entry: Entry, settlement: Settlement) -> Deferred[None]:
         def write(connection: Any) -> None:
-            journal.close_row(connection, entry, settlement, delivered=True)
+            rows.CLOSE.write(connection, [rows.closing(entry.rid, settlement, bills_here=True)])
             for event in events(entry, settlement):
                 row = ("now", "key", event.product + "#2", event.quantity, event.rid)
-                connection.execute(journal.ADD_EVENT, row)
+                connection.execute(rows.ADD_EVENT, row)
 
         written: Deferred[None] = self.writer.write(write)
         return written

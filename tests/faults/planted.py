@@ -6,7 +6,6 @@ The simulation is worth something only if it finds each of them.
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,8 +23,8 @@ from llmproxy.errors import StorageError
 from llmproxy.exchange import Exchange
 from llmproxy.forward import Ending, Forward
 from llmproxy.meter import StreamMeter, _Chat
-from llmproxy.model import Account, Counts, Entry, Kind, Outcome, Settlement, events
-from llmproxy.storage import journal
+from llmproxy.model import Account, Counts, Entry, Kind, Outcome
+from llmproxy.storage import journal, rows
 from llmproxy.storage.journal import GroupCommit, Opening, SQLiteLedger
 from llmproxy.usage import Report
 
@@ -61,14 +60,16 @@ def end_of_a_stream_not_held_back() -> AbstractContextManager[Any]:
 
 def new_id_on_retry() -> AbstractContextManager[Any]:
     """A repeated commit writes the row under another id."""
-    original = Opening._open
+    original = GroupCommit._failed
 
-    def open_again(self: Opening, connection: sqlite3.Connection) -> None:
-        if self.tried:
-            self.entry = self.entry._replace(rid=self.entry.rid + "-again")
-        original(self, connection)
+    def failed(self: GroupCommit, failure: Failure) -> None:
+        for operation in self._batch:
+            if isinstance(operation, Opening) and operation.tried:
+                rid, *others = operation.row
+                operation.row = (f"{rid}-again", *others)
+        original(self, failure)
 
-    return mock.patch.object(Opening, "_open", open_again)
+    return mock.patch.object(GroupCommit, "_failed", failed)
 
 
 def no_settlement_when_the_client_left() -> AbstractContextManager[Any]:
@@ -97,17 +98,15 @@ def no_row_before_the_request() -> AbstractContextManager[Any]:
 def events_without_identity() -> Iterator[None]:
     """A settlement that is repeated puts its events on the bill again."""
 
-    def close_row(
-        connection: sqlite3.Connection, entry: Entry, settlement: Settlement, *, delivered: bool
-    ) -> None:
-        original(connection, entry, settlement, delivered=False)
-        if delivered:
-            due = events(entry, settlement)
-            journal.add_events(connection, due)
-            connection.execute("UPDATE ledger SET delivered = 1 WHERE rid = ?", (entry.rid,))
-
-    original = journal.close_row
-    with mock.patch.object(journal, "close_row", close_row):
+    lines = "".join(
+        f"""INSERT INTO event_oneoff (created, api_key, product, quantity, rid)
+        SELECT new.finished, api_key, model || '/' || device || '/{kind}', new.{kind}, rid
+        FROM ledger WHERE rid = new.rid AND new.{kind} IS NOT NULL;"""
+        for kind in Kind
+    )
+    trigger = f"""CREATE TEMP TRIGGER bill_again INSTEAD OF INSERT ON closing
+        WHEN new.delivered AND new.state IN ('settled', 'estimated') BEGIN {lines} END;"""
+    with mock.patch.object(rows, "BILL_TRIGGER", trigger):
         simulation.SCHEMA_HOOK[0] = "DROP INDEX event_oneoff_identity;"
         try:
             yield
@@ -145,7 +144,7 @@ def end_released_when_the_commit_fails() -> AbstractContextManager[Any]:
 def late_checkpoint_overwrites() -> Iterator[None]:
     """A checkpoint is written when its row is settled already."""
     original = SQLiteLedger.checkpoint
-    statement = journal.CHECKPOINT_ROW.replace("AND state = 'open'", "")
+    trigger = rows.CHECKPOINT_TRIGGER.replace("AND state = 'open'", "")
 
     def late(self: SQLiteLedger, running: Mapping[str, Counts]) -> Deferred[None]:
         self._clock.callLater(0.5, original, self, running)
@@ -153,7 +152,7 @@ def late_checkpoint_overwrites() -> Iterator[None]:
 
     with (
         mock.patch.object(SQLiteLedger, "checkpoint", late),
-        mock.patch.object(journal, "CHECKPOINT_ROW", statement),
+        mock.patch.object(rows, "CHECKPOINT_TRIGGER", trigger),
     ):
         yield
 

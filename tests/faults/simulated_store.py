@@ -17,6 +17,7 @@ from zope.interface import implementer
 from llmproxy.errors import StorageError
 from llmproxy.model import Event
 from llmproxy.storage import IEventSink
+from llmproxy.storage.rows import install
 from llmproxy.storage.sqlite import connect, migrate
 
 
@@ -110,6 +111,7 @@ class Store:
         self._world = world
         self.connection = connect(":memory:")
         migrate(self.connection)
+        install(self.connection)
         if after_schema:
             self.connection.executescript(after_schema)
         self._rate = rng.choice((0.0, 0.0, 0.0, 0.1, 0.4))

@@ -30,8 +30,8 @@ from server_process import get_status
 from speech import BY_PATH, Speech
 
 from llmproxy.model import Account, Entry, Kind, Outcome, Settlement, State
-from llmproxy.storage.journal import OPEN_ROW, close_row
-from llmproxy.storage.sqlite import connect, prepare, to_text
+from llmproxy.storage import rows
+from llmproxy.storage.sqlite import connect, prepare
 
 CLIENTS = 12
 STRANGERS = 200  # keys that are right, and that the proxy has not seen yet
@@ -353,13 +353,14 @@ def test_a_step_down_is_nobody_s_and_every_bill_arrives_once(tmp_path: Path) -> 
 # -- a long backlog ------------------------------------------------------------------------------
 
 
-def fill(path: Path, rows: int) -> None:
+def fill(path: Path, count: int) -> None:
     """A journal as an outage of hours leaves it."""
     prepare(path)
     began = datetime.now(UTC) - timedelta(hours=1)
     with closing(connect(path)) as connection:
+        rows.install(connection)
         connection.execute("BEGIN")
-        for number in range(rows):
+        for number in range(count):
             opened = began + timedelta(milliseconds=number)
             account = Account(str(number % CLIENTS), f"user-{number % CLIENTS}")
             entry = Entry(
@@ -370,26 +371,14 @@ def fill(path: Path, rows: int) -> None:
                 model="m",
                 device="gpu",
             )
-            connection.execute(
-                OPEN_ROW,
-                (
-                    entry.rid,
-                    "gone",
-                    to_text(opened),
-                    account.key_id,
-                    account.user_id,
-                    entry.path,
-                    entry.model,
-                    entry.device,
-                ),
-            )
+            rows.OPEN.write(connection, [rows.opening(entry, "gone")])
             settlement = Settlement(
                 state=State.SETTLED,
                 outcome=Outcome.COMPLETE,
                 counts={Kind.PROMPT: number + 1, Kind.COMPLETION: 1},
                 finished=opened,
             )
-            close_row(connection, entry, settlement, delivered=False)
+            rows.CLOSE.write(connection, [rows.closing(entry.rid, settlement, bills_here=False)])
         connection.execute("COMMIT")
 
 
