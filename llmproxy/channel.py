@@ -101,7 +101,7 @@ class Channel(Protocol):
         if hasattr(wire, "setTcpNoDelay"):
             wire.setTcpNoDelay(True)
         wire.registerProducer(self, True)
-        self.site.connections.add(self)
+        self.site.joined(self)
         self._wait(IDLE_TIMEOUT_S, self.close)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -109,7 +109,7 @@ class Channel(Protocol):
         self._gone = True
         self._wait_no_more()
         self._queue.clear()
-        self.site.connections.discard(self)
+        self.site.left(self)
         request, self.request = self.request, None
         if request is not None:
             request.connectionLost()

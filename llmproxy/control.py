@@ -24,8 +24,9 @@ from typing import Any
 from llmproxy import config
 from llmproxy.config import Config
 
-#: The descriptors of a worker: its ends of the pipes, and the first of the sockets it listens on.
-FROM_SUPERVISOR, TO_SUPERVISOR, FIRST_LISTENER = 3, 4, 5
+#: The descriptors of a worker: its ends of the pipes, the memory of `loads.py`, and the first of
+#: the sockets it listens on.
+FROM_SUPERVISOR, TO_SUPERVISOR, LOADS, FIRST_LISTENER = 3, 4, 5, 6
 
 Message = dict[str, Any]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
 from typing import Any, cast
 
 from twisted.internet import tcp, unix
@@ -19,6 +20,8 @@ from twisted.python.failure import Failure
 #: How many connections a worker takes each time that it is woken. All idle workers are woken for
 #: one that comes; Twisted's usual 100 would give a whole burst to the one that is up first.
 ACCEPTS = 1
+#: How long a worker leaves a connection to those who hold fewer.
+YIELD_S = 0.002
 
 
 def hold(port: IListeningPort) -> int:
@@ -37,9 +40,12 @@ class Adopting:
     So the endpoint's text is understood by its own parser, certificates and all.
     """
 
-    def __init__(self, reactor: Any, descriptor: int) -> None:
+    def __init__(
+        self, reactor: Any, descriptor: int, my_turn: Callable[[], bool] = lambda: True
+    ) -> None:
         self._reactor = reactor
         self._descriptor = descriptor
+        self._my_turn = my_turn
 
     def listenTCP(
         self, port: int, factory: IProtocolFactory, backlog: int = 0, interface: str = ""
@@ -76,7 +82,7 @@ class Adopting:
                 port: IListeningPort = _SharedUNIXPort.of(shared, factory, self._reactor)
             else:
                 port = self._reactor.adoptStreamPort(shared.fileno(), shared.family, factory)
-        accept_few(port)
+        accept_few(port, self._reactor, self._my_turn)
         return port
 
 
@@ -85,8 +91,14 @@ def adoptable(text: str) -> str:
     return re.sub(r"(?:^|(?<=:))systemd:.*", "tcp:0", text)
 
 
-def accept_few(port: IListeningPort) -> None:
-    """Let the port take no more than `ACCEPTS` connections at a time, where it can be told so."""
+def accept_few(
+    port: IListeningPort, reactor: Any, my_turn: Callable[[], bool] = lambda: True
+) -> None:
+    """Let the port take no more than `ACCEPTS` connections at a time, where it can be told so.
+
+    When it is not `my_turn`, it leaves them to others for `YIELD_S`, and then takes one all the
+    same: the others may be busy.
+    """
     shared = cast(Any, port)
     if not hasattr(shared, "numberAccepts"):
         return
@@ -96,7 +108,19 @@ def accept_few(port: IListeningPort) -> None:
         shared.numberAccepts = ACCEPTS  # it changes the number itself after each time
         read()
 
-    shared.doRead = read_few
+    def read_on() -> None:
+        if shared.connected and not shared.disconnecting:
+            read_few()
+            shared.startReading()
+
+    def read_in_turn() -> None:
+        if my_turn():
+            read_few()
+        else:
+            shared.stopReading()
+            reactor.callLater(YIELD_S, read_on)
+
+    shared.doRead = read_in_turn
 
 
 class _SharedUNIXPort(unix.Port):

@@ -308,6 +308,8 @@ class Site(server.Site):
         self.clock = clock
         self.monotonic = monotonic
         self.connections: set[Any] = set()
+        #: Told how many connections there are, each time that this changes.
+        self.on_count: Callable[[int], None] = lambda count: None
         self._metrics = metrics
         self._http = http or os.environ.get(VARIABLE) or "llhttp"
         self._origin = origin.encode()
@@ -322,6 +324,16 @@ class Site(server.Site):
 
             return TwistedChannel(self)
         return Channel(self)
+
+    def joined(self, channel: Any) -> None:
+        """A client came."""
+        self.connections.add(channel)
+        self.on_count(len(self.connections))
+
+    def left(self, channel: Any) -> None:
+        """It went."""
+        self.connections.discard(channel)
+        self.on_count(len(self.connections))
 
     def startFactory(self) -> None:
         """No log file, and no timer for its dates."""

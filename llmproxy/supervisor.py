@@ -26,7 +26,8 @@ from llmproxy import __version__, logs
 from llmproxy.admin import AdminSite, admin_resource
 from llmproxy.backends import Backends
 from llmproxy.config import Config
-from llmproxy.control import FIRST_LISTENER, FROM_SUPERVISOR, TO_SUPERVISOR, config_to_json
+from llmproxy.control import FIRST_LISTENER, FROM_SUPERVISOR, LOADS, TO_SUPERVISOR, config_to_json
+from llmproxy.loads import GONE, Loads
 from llmproxy.metrics import Metrics
 from llmproxy.processes import Worker, Workers
 from llmproxy.proxy import (
@@ -79,6 +80,7 @@ class Supervisor(logs.LoggingService):
     def startService(self) -> None:
         """Open everything, and start the workers; what can't be is told in one line."""
         super().startService()
+        self._loads = Loads.create(self.config.workers)
         self._reactor.callWhenRunning(lambda: self.on_running())
         # Only a reactor that runs notices that a process has ended.
         self._reactor.callWhenRunning(self._begin)
@@ -131,6 +133,7 @@ class Supervisor(logs.LoggingService):
                     2: 2,
                     FROM_SUPERVISOR: "w",
                     TO_SUPERVISOR: "r",
+                    LOADS: self._loads.descriptor,
                     **inherited,
                 },
             )
@@ -167,6 +170,9 @@ class Supervisor(logs.LoggingService):
     def _count_workers(self) -> None:
         self.metrics.workers.set(len(self.workers.serving))
         self.metrics.worker_restarts.value = self.workers.restarts
+        serving = {worker.number for worker in self.workers.serving}
+        for number in set(range(self.workers.count)) - serving:
+            self._loads.set(number, GONE)
 
     # -- reload ----------------------------------------------------------------------------
 
@@ -203,4 +209,5 @@ class Supervisor(logs.LoggingService):
         if stopping is not None:
             await stopping
         self.backends.close()
+        self._loads.close()
         log.info("stopped")

@@ -90,12 +90,12 @@ class TwistedChannel(HTTPChannel):
         """A client came."""
         super().connectionMade()
         self.send = cast(ITransport, self.transport).write
-        self.site.connections.add(self)
+        self.site.joined(self)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """It went."""
         self._gone = True
-        self.site.connections.discard(self)
+        self.site.left(self)
         super().connectionLost(reason)
 
     # -- what the site and the request ask of it ----------------------------------------------

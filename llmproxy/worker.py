@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from twisted.internet.defer import Deferred, maybeDeferred
@@ -24,6 +25,7 @@ from llmproxy import logs
 from llmproxy.config import Admin, Config
 from llmproxy.control import (
     FROM_SUPERVISOR,
+    LOADS,
     TO_SUPERVISOR,
     Decoder,
     Message,
@@ -32,6 +34,7 @@ from llmproxy.control import (
 )
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.garbage import collect_rarely
+from llmproxy.loads import Loads
 from llmproxy.proxy import Proxy, open_port
 from llmproxy.reactor import install
 from llmproxy.sharing import Adopting, adoptable
@@ -56,7 +59,12 @@ class WorkerProxy(Proxy):
     """
 
     def __init__(
-        self, settings: Config, number: int, listeners: list[tuple[str, int]], reactor: Any
+        self,
+        settings: Config,
+        number: int,
+        listeners: list[tuple[str, int]],
+        loads: Loads,
+        reactor: Any,
     ) -> None:
         super().__init__(lambda: replace(settings, admin=Admin(listen=())), reactor)
         self.stores = Stores(
@@ -64,6 +72,7 @@ class WorkerProxy(Proxy):
         )
         self.why_not = ""
         self.on_serving: Callable[[], None] = lambda: None
+        self._number, self._loads = number, loads
         self._listeners = listeners
         self._last: Deferred[None] | None = None
 
@@ -90,8 +99,11 @@ class WorkerProxy(Proxy):
         """The supervisor does, once for all workers."""
 
     async def _open_public(self, site: Site) -> None:
+        site.on_count = partial(self._loads.set, self._number)
+        site.on_count(0)
+        my_turn = partial(self._loads.is_least, self._number)
         for text, descriptor in self._listeners:
-            adopting = Adopting(self._reactor, descriptor)
+            adopting = Adopting(self._reactor, descriptor, my_turn)
             self.ports.append(await open_port(adopting, adoptable(text), site))
 
     def _announce(self) -> None:
@@ -177,7 +189,7 @@ class WorkerProcess:
         observer = logs.observer(sys.stdout, settings.log_format, settings.log_level)
         observer.gather(self._reactor)
         globalLogBeginner.beginLoggingTo([logs.of_worker(number, observer)])
-        self._proxy = proxy = WorkerProxy(settings, number, listeners, self._reactor)
+        self._proxy = proxy = WorkerProxy(settings, number, listeners, Loads(LOADS), self._reactor)
         proxy.on_serving, proxy.on_failure = self._ready, self._cannot_start
         proxy.startService()
 

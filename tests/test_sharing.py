@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,10 @@ class Shared:
         self.text, self.held, self._descriptor = text, held, descriptor
         self.ports: list[IListeningPort] = []
 
-    async def adopt(self, greeter: Greeter) -> IListeningPort:
-        adopting = Adopting(reactor, os.dup(self._descriptor))
+    async def adopt(
+        self, greeter: Greeter, my_turn: Callable[[], bool] = lambda: True
+    ) -> IListeningPort:
+        adopting = Adopting(reactor, os.dup(self._descriptor), my_turn)
         self.ports.append(await open_port(adopting, adoptable(self.text), greeter))
         return self.ports[-1]
 
@@ -139,6 +141,23 @@ async def test_a_burst_is_not_taken_whole_by_one():
     await shared.close()
 
 
+@pytest.mark.parametrize("others_are_busy", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_who_holds_more_leaves_connections_to_others_but_not_for_ever(others_are_busy):
+    shared = await share(LOCAL)
+    mine, theirs = Greeter(b"mine"), Greeter(b"theirs")
+    await shared.adopt(mine, my_turn=lambda: False)
+    if not others_are_busy:
+        await shared.adopt(theirs, my_turn=lambda: True)
+    waiting = [socket.create_connection(address_of(shared)) for _ in range(20)]
+    while mine.greeted + theirs.greeted < len(waiting):
+        await deferLater(reactor, 0.01)
+    assert theirs.greeted >= 15 or others_are_busy
+    for each in waiting:
+        each.close()
+    await shared.close()
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_unix_socket_keeps_its_file_and_mode_until_its_holder_stops(tmp_path: Path):
     path = tmp_path / "http.sock"
@@ -194,4 +213,4 @@ def test_an_endpoint_s_text_is_kept_but_for_systemd_s(text, adopted):
 
 
 def test_a_port_that_can_not_be_told_is_left_alone():
-    accept_few(object())  # type: ignore[arg-type]
+    accept_few(object(), reactor)  # type: ignore[arg-type]
