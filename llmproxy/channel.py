@@ -79,6 +79,7 @@ class Channel(Protocol):
         self._message: Message | None = None  # the one that is coming
         self._parts: list[bytes] = []
         self._fed_bytes = 0  # of the message that is coming
+        self._feed_bytes = 0  # in the piece that is parsed
         self._problem: ProxyError | None = None  # why parsing ended
         self._queue: deque[Message] = deque()
         self._unread = b""  # what came after a request that is being served
@@ -178,6 +179,7 @@ class Channel(Protocol):
 
     def _parse(self, data: bytes) -> None:
         self._fed_bytes += len(data)
+        self._feed_bytes = len(data)
         self._busy = True
         try:
             self._parser.feed_data(data)
@@ -254,7 +256,8 @@ class Channel(Protocol):
         """The header is complete."""
         message, parser = self._message, self._parser
         assert message is not None
-        if framing.is_too_large(self._raw_fields):
+        # What came in one piece with the message before is not counted as this one's.
+        if framing.is_too_large(self._raw_fields, self._fed_bytes + self._feed_bytes):
             self._stop(framing.too_large())
         fields = framing.combined(self._raw_fields)
         message.fields = fields

@@ -70,11 +70,14 @@ def _check_coding(version: bytes, fields: Fields) -> None:
         raise BadRequest("The request has a Content-Length and a Transfer-Encoding.")
 
 
-def is_too_large(fields: Sequence[tuple[bytes, bytes]]) -> bool:
-    """Whether a header is over `MAX_HEADER` bytes or `MAX_FIELDS` fields."""
+def is_too_large(fields: Sequence[tuple[bytes, bytes]], at_most: int) -> bool:
+    """Whether a header, which has `at_most` so many bytes, is over `MAX_HEADER` bytes or
+    `MAX_FIELDS` fields."""
     if len(fields) > MAX_FIELDS:
         return True
-    return sum([len(name) + len(value) + 4 for name, value in fields]) > MAX_HEADER
+    if at_most <= MAX_HEADER:
+        return False
+    return sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER
 
 
 def too_long() -> TargetTooLong:

@@ -413,8 +413,7 @@ class Metrics:
         self._rows = _Counters(
             registry, "llmproxy_ledger_rows", "Ledger rows that came into a state.", ["state"]
         )
-        for state in State:
-            self._rows.cell(state.value)
+        self._row_cells = {state: self._rows.cell(state.value) for state in State}
         #: Takes the time that one commit of the ledger took.
         self.ledger_commit = (
             _Histograms(
@@ -484,7 +483,7 @@ class Metrics:
 
     def ledger_rows(self, state: State, count: int = 1) -> None:
         """So many ledger rows came into `state`."""
-        self._rows.cell(state.value).value += count
+        self._row_cells[state].value += count
 
     def snapshot(self) -> Snapshot:
         """All that this process has counted, and what the kernel says of it."""

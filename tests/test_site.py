@@ -451,6 +451,19 @@ def test_what_makes_no_sense_is_told_so_after_the_requests_before_it(server):
 
 
 @only_ours
+@pytest.mark.parametrize("before", [b"", GET % 0])
+def test_a_header_has_its_limit_in_whatever_piece_it_comes(server, before):
+    server.send(
+        before + b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: %b\r\n" % (b"b" * 9000) * 4 + b"\r\n"
+    )
+    if before:
+        respond(server.requests[0])
+    server.clock.advance(0)
+    assert answers(server.sent)[-1].status == 431
+    assert len(server.requests) == bool(before)
+
+
+@only_ours
 def test_bytes_after_the_last_request_are_nobodys(server):
     server.send(request_bytes(b"/", b"", b"Connection: close") + GET % 1)
     respond(server.requests[0])
