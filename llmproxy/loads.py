@@ -15,7 +15,10 @@ _SIZE = 4
 
 
 class Loads:
-    """One number for each worker, which it writes itself; the supervisor writes `GONE`."""
+    """One number for each worker, which it writes itself; the supervisor writes `GONE`.
+
+    The last number tells who has taken a connection last.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -26,9 +29,9 @@ class Loads:
     def create(cls, count: int) -> Loads:
         """For `count` workers, none of which is there yet. Raises OSError."""
         descriptor = os.memfd_create("llmproxy-loads")
-        os.ftruncate(descriptor, count * _SIZE)
+        os.ftruncate(descriptor, (count + 1) * _SIZE)
         loads = cls(descriptor)
-        for number in range(count):
+        for number in range(count + 1):
             loads.set(number, GONE)
         return loads
 
@@ -36,9 +39,16 @@ class Loads:
         """Worker `number` holds so many."""
         self._numbers[number] = connections
 
-    def is_least(self, number: int) -> bool:
-        """Whether no other worker holds fewer than this one."""
-        return self._numbers[number] <= min(self._numbers)
+    def take_turn(self, number: int) -> bool:
+        """Whether a connection that comes is this worker's: no other one holds fewer, or as many
+        without having taken the last one."""
+        *held, last = self._numbers
+        mine = held[number]
+        others = min(held[:number] + held[number + 1 :], default=GONE)
+        if mine > others or (mine == others and last == number):
+            return False
+        self._numbers[-1] = number
+        return True
 
     def close(self) -> None:
         """Give the memory back."""
