@@ -117,6 +117,11 @@ class Workers:
         """Those that serve."""
         return [each for each in self._alive.values() if each.serving_since is not None]
 
+    @property
+    def missing(self) -> Sequence[int]:
+        """The numbers of those whose process has ended, and is not there again."""
+        return [number for number in range(self.count) if number not in self._alive]
+
     def start(self) -> Deferred[None]:
         """Fires when all serve; ConfigError when one can't."""
         for number in range(self.count):

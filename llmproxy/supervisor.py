@@ -170,8 +170,7 @@ class Supervisor(logs.LoggingService):
     def _count_workers(self) -> None:
         self.metrics.workers.set(len(self.workers.serving))
         self.metrics.worker_restarts.value = self.workers.restarts
-        serving = {worker.number for worker in self.workers.serving}
-        for number in set(range(self.workers.count)) - serving:
+        for number in self.workers.missing:  # those that start write their own number
             self._loads.set(number, GONE)
 
     # -- reload ----------------------------------------------------------------------------

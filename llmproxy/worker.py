@@ -101,7 +101,11 @@ class WorkerProxy(Proxy):
     async def _open_public(self, site: Site) -> None:
         site.on_count = partial(self._loads.set, self._number)
         site.on_count(0)
-        my_turn = partial(self._loads.take_turn, self._number)
+
+        def my_turn() -> bool:
+            site.on_count(len(site.connections))
+            return self._loads.take_turn(self._number)
+
         for text, descriptor in self._listeners:
             adopting = Adopting(self._reactor, descriptor, my_turn)
             self.ports.append(await open_port(adopting, adoptable(text), site))

@@ -114,6 +114,18 @@ def test_one_that_ends_is_started_again_at_once_with_the_same_number(pool):
     assert len(pool.workers.serving) == 2
 
 
+def test_who_has_ended_is_missing_until_it_is_started_again(pool):
+    told: list[list[int]] = []
+    pool.workers.on_change = lambda: told.append(list(pool.workers.missing))
+    pool.start(ready=False)
+    pool.ready(0)  # worker 1 is starting, which is not to be missing
+    pool.ready(1)
+    pool.end(1)
+    assert told == [[], [], [1]]
+    pool.clock.advance(0)
+    assert pool.workers.missing == []
+
+
 def test_one_that_ends_again_at_once_waits_longer_each_time(pool):
     pool.start()
     pauses: list[float] = []
