@@ -21,7 +21,7 @@ from targets import Missing, Target, llmproxy
 
 CORES = 2
 ALONE, ONE, TWO = "a core of its own", "1 worker", "2 workers"
-CONNECTIONS = 64
+CONNECTIONS = 256
 FULL, QUICK = Closed(CONNECTIONS, 2.0, 6.0), Closed(CONNECTIONS, 1.0, 3.0)
 MICRO = 1e6
 

@@ -14,6 +14,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import pytest_twisted
+from backend import ScriptedBackend, json_answer
+from proxy import running_proxy
 
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import prepare
@@ -181,3 +184,21 @@ def test_processes_that_write_without_a_pause_all_get_their_turns(tmp_path: Path
     assert min(rows.values()) > max(rows.values()) / 2, rows
     # With SQLite's own waiting it is 100 ms at least, and mostly several times that.
     assert max(each["longest_s"] for each in told) < 1, told
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_proxy_takes_its_turn_with_others_on_its_file(tmp_path: Path) -> None:
+    ask = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    completion = {"id": "c", "object": "chat.completion", "choices": [], "usage": usage}
+    async with (
+        ScriptedBackend([json_answer(200, completion)]) as backend,
+        running_proxy(tmp_path, {"chat": {"url": backend.url}}) as proxy,
+    ):
+        other = Turnstile(tmp_path / "db.sqlite-owners" / ".turnstile")
+        other.open()
+        with other:
+            refused = await proxy.post("/v1/chat/completions", ask)
+        other.close()
+        answer = await proxy.post("/v1/chat/completions", ask)
+    assert (refused.status, answer.status) == (503, 200)
