@@ -161,7 +161,10 @@ class Connection(Protocol):
 
     def connectionMade(self) -> None:
         """It is there."""
-        self.wire = self.transport
+        self.wire = wire = self.transport
+        # The endpoint's wrapper has done its work, and would be in the way of each read.
+        if getattr(getattr(wire, "protocol", None), "_wrappedProtocol", None) is self:
+            wire.protocol = self  # type: ignore[union-attr]
         if hasattr(self.wire, "setTcpNoDelay"):
             self.wire.setTcpNoDelay(True)
 
@@ -261,7 +264,18 @@ class Connection(Protocol):
         elif self.response is None:
             self._head_goes_on(data)
         else:
-            self._feed(data)
+            self._body_goes_on(data)
+
+    def _body_goes_on(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except Exception as error:
+            self._break(Failure(BadAnswer(str(error))))
+        parts, body = self._parts, self._body
+        if self._end is None and body is not None and len(parts) == 1:  # a chunk, as a rule
+            self._parts = []
+            body.dataReceived(parts[0])
+        else:
             self._hand_over()
 
     def _feed(self, data: bytes) -> None:

@@ -276,13 +276,15 @@ class Forward:
         return self._stream_ending(end, meter)
 
     def _passing_on(self, meter: StreamMeter) -> Callable[[bytes], None]:
+        feed, write, on_chunk = meter.feed, self._down.write, self._on_chunk
+
         def pass_on(data: bytes) -> None:
-            passed = meter.feed(data)
+            passed = feed(data)
             if meter.oversized and self._reader is not None:
                 self._reader.stop(BodyEnd.BROKEN)  # it could be the end, and that can't go unread
                 return
-            self._down.write(passed)
-            self._on_chunk(meter)
+            write(passed)
+            on_chunk(meter)
             if meter.ended and self._reader is not None:
                 self._reader.finish_within(END_GRACE_S)
             elif meter.content_events > self._drain_until:

@@ -55,7 +55,7 @@ class _SendsAtOnce(tcp.Connection):
 
     def write(self, data: bytes) -> None:
         """Send now what the socket takes; the rest waits, and counts for back-pressure."""
-        if self._tempDataLen or self.dataBuffer or not self._may_send():
+        if self._tempDataLen or self.dataBuffer or self._must_wait():
             super().write(data)
             return
         try:
@@ -72,11 +72,11 @@ class _SendsAtOnce(tcp.Connection):
         """The same, in one piece."""
         self.write(b"".join(iovec))
 
-    def _may_send(self) -> bool:
+    def _must_wait(self) -> bool:
         if not self.connected or self._aborting or self._writeDisconnected or self.TLS:
-            return False
+            return True
         # A producer that is pulled from is called from the reactor's round alone.
-        return self.producer is None or bool(self.streamingProducer)
+        return self.producer is not None and not self.streamingProducer
 
     def _isSendBufferFull(self) -> bool:
         return len(self.dataBuffer) - self.offset + self._tempDataLen > SEND_SIZE
@@ -148,18 +148,15 @@ class Reactor(_Transports, EPollReactor):
             if selectable is None:  # closed by one of those before it
                 continue
             if event == EPOLLIN:
-                self._read(selectable)
+                try:
+                    why = selectable.doRead()
+                except Exception as problem:
+                    log.failure("reading from {what} failed", what=type(selectable).__name__)
+                    why = problem
+                if why:
+                    self._disconnectSelectable(selectable, why, True)
             else:
                 callWithLogger(selectable, self._doReadOrWrite, selectable, descriptor, event)
-
-    def _read(self, selectable: Any) -> None:
-        try:
-            why = selectable.doRead()
-        except Exception as problem:
-            log.failure("reading from {what} failed", what=type(selectable).__name__)
-            why = problem
-        if why:
-            self._disconnectSelectable(selectable, why, True)
 
     doIteration = doPoll
 

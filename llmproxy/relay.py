@@ -36,6 +36,7 @@ class BodyReader:
         "_clock",
         "_heard_at",
         "_over",
+        "_seconds",
         "_silence_s",
         "_sink",
         "_timer",
@@ -50,6 +51,7 @@ class BodyReader:
         self.transport: IPushProducer | None = None
         self._sink = sink
         self._clock = clock
+        self._seconds = clock.seconds
         self._silence_s = silence_s
         self._timer: IDelayedCall | None = None
         self._heard_at = 0.0
@@ -65,7 +67,7 @@ class BodyReader:
         """A piece of it."""
         if self._over:  # bytes can still arrive after stopProducing
             return
-        self._heard_at = self._clock.seconds()
+        self._heard_at = self._seconds()
         self._sink(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
