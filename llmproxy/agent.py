@@ -139,7 +139,7 @@ class Connection(Protocol):
     def __init__(self, agent: BackendAgent) -> None:
         self.idle_since = 0.0
         self._agent = agent
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self.wire: Any = None  # a TCP or TLS transport and producer
         self._busy = False
         self._closed = False
@@ -310,13 +310,13 @@ class Connection(Protocol):
         """It has ended, and with it a body that has no other end."""
         self._closed = True
         self._agent.forget(self)
-        if not self._busy or self._end is not None:
-            return
-        if self.response is not None and not self._framed:
-            self._end = Failure(PotentialDataLoss())
-            self._hand_over()
-        else:
-            self._break(reason)
+        if self._busy and self._end is None:
+            if self.response is not None and not self._framed:
+                self._end = Failure(PotentialDataLoss())
+                self._hand_over()
+            else:
+                self._break(reason)
+        self._parser = None  # they know each other: else only the garbage collector would end them
 
     def hold(self, hold: bool) -> None:
         """Stop reading from the backend, or go on."""

@@ -74,7 +74,7 @@ class Channel(Protocol):
         #: Bytes to the client.
         self.send: Callable[[bytes], None] = lambda data: None
         self._wire: Any = None  # a TCP or TLS transport and producer
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._raw_fields: list[tuple[bytes, bytes]] = []
         self._message: Message | None = None  # the one that is coming
         self._parts: list[bytes] = []
@@ -110,6 +110,7 @@ class Channel(Protocol):
         self._gone = True
         self._wait_no_more()
         self._queue.clear()
+        self._part_from_parser()
         self.site.left(self)
         request, self.request = self.request, None
         if request is not None:
@@ -168,7 +169,7 @@ class Channel(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes from the client."""
-        if self._closing or self._problem is not None:
+        if self._closing or self._gone or self._problem is not None:
             return
         if self.request is not None and self._message is None:
             self._unread += data
@@ -191,6 +192,12 @@ class Channel(Protocol):
             self._parsed()
         finally:
             self._busy = False
+            self._part_from_parser()
+
+    def _part_from_parser(self) -> None:
+        """They know each other: else only the garbage collector would end a connection."""
+        if self._gone and not self._busy:
+            self._parser = None
 
     def _parsed(self) -> None:
         message = self._message

@@ -11,7 +11,7 @@ import gc
 
 #: How many objects more than before make it look at the young ones; how often it looks at all that
 #: were made since the last look at everything; and how often at everything.
-THRESHOLDS = (50_000, 20, 50)
+THRESHOLDS = (10_000, 10, 20)
 
 
 def collect_rarely() -> None:

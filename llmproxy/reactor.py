@@ -21,6 +21,7 @@ from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.interfaces import IConnector, IListeningPort
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.python.log import callWithLogger
 
 log = Logger()
@@ -101,6 +102,12 @@ class Connector(tcp.Connector):
 
     def _makeTransport(self) -> Client:
         return Client(self.host, self.port, self.bindAddress, self, self.reactor)
+
+    def connectionLost(self, reason: Failure) -> None:
+        """See `BaseConnector.connectionLost`."""
+        super().connectionLost(reason)
+        if self.state == "disconnected":  # else it was told to connect again
+            self.transport = None  # which knows us: only the garbage collector would end them
 
 
 class _Transports:
