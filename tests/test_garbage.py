@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from proxy import Client, ProxyHandle, request_bytes, running_proxy
 
 from llmproxy import garbage
 from llmproxy.reactor import Connector
+from llmproxy.site import VARIABLE
 
 CHAT = "/v1/chat/completions"
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2}
@@ -56,6 +58,10 @@ async def once(proxy: ProxyHandle, stream: bool) -> None:
     await client.close()
 
 
+@pytest.mark.skipif(
+    os.environ.get(VARIABLE) == "twisted",
+    reason="Twisted's channel and its connection know each other",
+)
 @pytest.mark.usefixtures("kept_garbage")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest_twisted.ensureDeferred
