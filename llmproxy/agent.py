@@ -161,12 +161,12 @@ class Connection(Protocol):
 
     def connectionMade(self) -> None:
         """It is there."""
-        self.wire = wire = self.transport
+        self.wire = wire = cast(Any, self.transport)
         # The endpoint's wrapper has done its work, and would be in the way of each read.
         if getattr(getattr(wire, "protocol", None), "_wrappedProtocol", None) is self:
-            wire.protocol = self  # type: ignore[union-attr]
-        if hasattr(self.wire, "setTcpNoDelay"):
-            self.wire.setTcpNoDelay(True)
+            wire.protocol = self
+        if hasattr(wire, "setTcpNoDelay"):
+            wire.setTcpNoDelay(True)
 
     # -- the request -------------------------------------------------------------------------
 
@@ -264,18 +264,7 @@ class Connection(Protocol):
         elif self.response is None:
             self._head_goes_on(data)
         else:
-            self._body_goes_on(data)
-
-    def _body_goes_on(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except Exception as error:
-            self._break(Failure(BadAnswer(str(error))))
-        parts, body = self._parts, self._body
-        if self._end is None and body is not None and len(parts) == 1:  # a chunk, as a rule
-            self._parts = []
-            body.dataReceived(parts[0])
-        else:
+            self._feed(data)
             self._hand_over()
 
     def _feed(self, data: bytes) -> None:

@@ -1,8 +1,8 @@
 """A clock for timeouts of which there are many at once, of few lengths, and which rarely come.
 
 Each length has a queue: what was started first is due first. So one call of the reactor's stands
-for a whole queue, and a timeout that is started and cancelled costs no more than an entry in a
-dictionary: a twentieth of a call of its own.
+for a whole queue, and a timeout that is started and cancelled costs little more than an entry in a
+dictionary.
 """
 
 from __future__ import annotations

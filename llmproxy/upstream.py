@@ -73,7 +73,7 @@ class Client(HTTPClient):
     """treq's client on the shortest way to its agent.
 
     Its own way looks at the URL, makes a cookie jar, and wraps the agent and the answer for
-    redirects, codings and buffering, none of which is wanted here: half of a request's cost.
+    redirects, codings and buffering, none of which is wanted here.
     """
 
     def request(  # type: ignore[override]  # of treq's options only those that are used
