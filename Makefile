@@ -10,7 +10,7 @@ CLIENT_SIDE = $(addprefix tests/test_,$(addsuffix .py,site downstream exchange f
   backpressure auth audio clients))
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint check faults clean
+.PHONY: run test lint check faults hostile clean
 
 run: $(VENV)/installed
 	$(BIN)/python -m llmproxy --demo
@@ -29,6 +29,10 @@ check: $(VENV)/installed-dev mongod
 # The long form of the experiments on the ledger: an hour or more.
 faults: $(VENV)/installed-dev mongod
 	LLMPROXY_FAULTS=long $(BIN)/python -m pytest tests/faults
+
+# The long form of the suites of hostile inputs. Counts what was tried and what passed.
+hostile: $(VENV)/installed-dev
+	LLMPROXY_HOSTILE=long $(BIN)/python -m pytest tests/hostile tests/threats
 
 # What the proxy costs, beside nginx and sglang-router: 25 minutes, or `make bench BENCH=--quick`.
 # Needs Linux with two cores and gcc, and wants nginx-light. docs/performance.md tells more.

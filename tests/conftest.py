@@ -6,4 +6,4 @@ from llmproxy.reactor import install
 
 install()  # the one that the proxy runs on, before anything asks for a reactor
 
-pytest_plugins = ("housekeeping", "figures")
+pytest_plugins = ("housekeeping", "figures", "tally")
