@@ -16,6 +16,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,7 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from llmproxy.errors import ConfigError
+from llmproxy.expiry import UNREADABLE, expiry_time
 from llmproxy.model import MAX_COUNT
 
 DEFAULT_PATH = "config.toml"
@@ -134,6 +136,14 @@ def _read_url(value: object) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
+def _read_moment(value: object) -> datetime:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
+    moment = expiry_time(_typed(value, str))
+    _require(moment is not None and moment != UNREADABLE)
+    return typing.cast(datetime, moment)
+
+
 def _is_database(text: str) -> bool:
     scheme, _, rest = text.partition("://")
     if scheme == "sqlite":
@@ -162,6 +172,11 @@ TOKEN = _matching(
     lambda text: re.fullmatch(r"[!-~]+", text),
     secret=True,
 )
+CURRENCY = _matching(
+    'a currency\'s code like "EUR" (ISO 4217)', lambda text: re.fullmatch(r"[A-Z]{3}", text)
+)
+MOMENT = Rule("a time like 2026-01-01T00:00:00Z", _read_moment)
+AMOUNT = _whole(0, 10**15)
 ENDPOINTS = Rule('Twisted endpoint strings like ["tcp:8080"]', _read_endpoints)
 URL = Rule(
     'a URL like "http://host:8000", without credentials, query or fragment',
@@ -249,6 +264,29 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PriceEntry:
+    """What a million tokens, or seconds of audio, of a model cost from a moment on, in micro-units
+    (1e-6) of the currency. Without `valid_from`: since ever. What is not named costs nothing.
+    """
+
+    valid_from: Annotated[datetime | None, MOMENT] = None
+    prompt: Annotated[int, AMOUNT] = 0
+    completion: Annotated[int, AMOUNT] = 0
+    embedding: Annotated[int, AMOUNT] = 0
+    transcription: Annotated[int, AMOUNT] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """The price list: for each model its prices, one after the other in time."""
+
+    currency: Annotated[str, CURRENCY] = "USD"
+    models: Mapping[str, tuple[PriceEntry, ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All settings. Times are in seconds, sizes in bytes, paths relative to the file's folder.
 
@@ -276,12 +314,17 @@ class Config:
     admin: Admin = field(default_factory=Admin)
     metrics: Metrics = field(default_factory=Metrics)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
+    prices: Prices = field(default_factory=Prices)
     backends: Mapping[str, Backend] = field(default_factory=lambda: MappingProxyType({}))
 
 
+#: What a running proxy takes over when it reads its configuration again.
+RELOADED = ("backends", "prices")
+
+
 def restart_needed(old: Config, new: Config) -> list[str]:
-    """The settings that differ and that a running proxy does not take over: all but backends."""
-    names = (each.name for each in fields(Config) if each.name != "backends")
+    """The settings that differ and that a running proxy does not take over."""
+    names = (each.name for each in fields(Config) if each.name not in RELOADED)
     return [name for name in names if getattr(old, name) != getattr(new, name)]
 
 
@@ -425,11 +468,15 @@ class _Reader:
         return _anchored(cls(**values), self._base) if len(self.errors) == before else None
 
     def _nested(self, hint: typing.Any, section: object, where: Where) -> object:
-        if typing.get_origin(hint) is Mapping:
-            return self._backends(section, where)
-        return self.section(hint, section, where)
+        if typing.get_origin(hint) is not Mapping:
+            return self.section(hint, section, where)
+        of_each = self._backend if typing.get_args(hint)[1] is Backend else self._price_entries
+        return self._named(section, where, of_each)
 
-    def _backends(self, section: object, where: Where) -> Mapping[str, Backend | None]:
+    def _named(
+        self, section: object, where: Where, of_each: Callable[[object, Where], T]
+    ) -> Mapping[str, T]:
+        """A table of models' names, with what `of_each` makes of its values."""
         if not isinstance(section, Mapping):
             self._refuse(where, "expected a table")
             return {}
@@ -437,11 +484,22 @@ class _Reader:
             if not _is_label(name):
                 self._refuse((*where, name), f"expected a name that is {LABEL.expected}")
         return MappingProxyType(
-            {
-                name: self.section(Backend, value, (*where, name), name)
-                for name, value in section.items()
-            }
+            {name: of_each(value, (*where, name)) for name, value in section.items()}
         )
+
+    def _backend(self, section: object, where: Where) -> Backend | None:
+        return self.section(Backend, section, where, where[-1])
+
+    def _price_entries(self, section: object, where: Where) -> tuple[PriceEntry, ...]:
+        listed = section if isinstance(section, list) else [section]
+        found = [
+            self.section(PriceEntry, each, (*where[:-1], f"{where[-1]}[{n}]"))
+            for n, each in enumerate(listed)
+        ]
+        entries = [each for each in found if each is not None]
+        if len({each.valid_from for each in entries}) < len(entries):
+            self._refuse(where, "two prices are valid from the same time on")
+        return tuple(entries)
 
     def _setting(
         self, rule: Rule, section: Mapping[str, object], where: Where, key: str

@@ -40,6 +40,7 @@ from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow
+from llmproxy.prices import PriceList
 from llmproxy.storage import ILedger
 from llmproxy.upload import ClientGone
 from llmproxy.upstream import NotSent
@@ -62,6 +63,7 @@ class Services:
     ledger: ILedger
     checkpoints: Checkpoints
     metrics: Metrics
+    prices: PriceList
     exchanges: set[Exchange] = field(default_factory=set)
     draining: bool = False
 
@@ -214,14 +216,15 @@ class Exchange:
         )
 
     def _entry(self, account: Account, order: Order) -> Entry:
-        backend = order.route.backend
+        backend, now = order.route.backend, utcnow()
         return Entry(
             rid=self._request.rid,
-            opened=utcnow(),
+            opened=now,
             account=account,
             path=self._endpoint.path,
             model=backend.name,
             device=backend.device,
+            price=self._services.prices.at(backend.name, now),
         )
 
     # -- open, forward, settle, release ----------------------------------------------------

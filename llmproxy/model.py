@@ -60,6 +60,20 @@ class Account(NamedTuple):
     expires: datetime | None = None  # None: never
 
 
+class Price(NamedTuple):
+    """What a million of each kind cost, in micro-units (1e-6) of the currency.
+
+    `id` is made from the rest: the same price has the same one everywhere, and for ever.
+    """
+
+    id: int
+    currency: str
+    prompt: int
+    completion: int
+    embedding: int
+    transcription: int
+
+
 Counts = Mapping[Kind, int]
 NO_COUNTS: Counts = MappingProxyType({})
 
@@ -87,6 +101,7 @@ class Entry(NamedTuple):
     path: str
     model: str
     device: str
+    price: Price | None = None  # the one that applies; None: none is set
 
 
 class Settlement(NamedTuple):

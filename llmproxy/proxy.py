@@ -26,6 +26,7 @@ from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
 from llmproxy.health import HealthChecks, agent_fetch
 from llmproxy.metrics import Metrics
+from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
 from llmproxy.site import Site
 from llmproxy.stores import Stores
@@ -117,7 +118,15 @@ class Proxy(logs.LoggingService):
             ledger=self.stores.ledger,
             checkpoints=Checkpoints(self.stores.ledger, self._reactor),
             metrics=self.metrics,
+            prices=self._priced(self.config),
         )
+
+    def _priced(self, settings: Config) -> PriceList:
+        """The price list in force, which the ledger knows before a row speaks of it."""
+        prices = PriceList(settings.prices)
+        known = self.stores.ledger.know(prices.all())
+        known.addErrback(lambda failure: log.failure("prices are not written down", failure))
+        return prices
 
     async def _listen(self, services: Services) -> None:
         exposition = self.metrics.exposition if self.config.metrics.enabled else None
@@ -165,8 +174,14 @@ class Proxy(logs.LoggingService):
             return
         fresh = read_again(self._load, self.config, self.backends)
         if fresh is not None:
-            self.metrics.set_models(fresh.backends)
+            self._take_over(fresh)
             self._health.update(self.backends.all())
+
+    def _take_over(self, fresh: Config) -> None:
+        """Put in force what a reload brings, the backends aside."""
+        assert self._services is not None
+        self.metrics.set_models(fresh.backends)
+        self._services.prices = self._priced(fresh)
 
     # -- stop ------------------------------------------------------------------------------
 

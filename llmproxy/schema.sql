@@ -39,8 +39,18 @@ CREATE TABLE IF NOT EXISTS ledger (
 	embedding INTEGER,
 	transcription INTEGER,
 	raw TEXT,              -- a usage report that could not be used
-	delivered INTEGER NOT NULL DEFAULT 0
+	delivered INTEGER NOT NULL DEFAULT 0,
+	price INTEGER          -- price.id, of the price that applied; NULL: none was set
 ) WITHOUT ROWID;
+-- What a million of each kind cost, in micro-units (1e-6) of the currency. Rows are never changed.
+CREATE TABLE IF NOT EXISTS price (
+	id INTEGER PRIMARY KEY, -- made from the other columns
+	currency TEXT NOT NULL, -- ISO 4217
+	prompt INTEGER NOT NULL,
+	completion INTEGER NOT NULL,
+	embedding INTEGER NOT NULL,
+	transcription INTEGER NOT NULL
+);
 CREATE INDEX IF NOT EXISTS ledger_unsettled ON ledger(state) WHERE state <> 'settled';
 CREATE INDEX IF NOT EXISTS ledger_undelivered ON ledger(finished, rid)
 	WHERE delivered = 0 AND state IN ('settled', 'estimated');

@@ -185,7 +185,7 @@ class Supervisor(logs.LoggingService):
         self.metrics.set_models(fresh.backends)
         self._health.update(self.backends.all())
         # What takes a restart must not come with a worker that is started again.
-        self._in_force = replace(self.config, backends=fresh.backends)
+        self._in_force = replace(self.config, backends=fresh.backends, prices=fresh.prices)
         self.workers.send("reload", config=config_to_json(self._in_force))
 
     # -- stop ------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ class WorkerProxy(Proxy):
         except ConfigError as error:  # a file that has gone since
             log.error("not reloaded: {reason}", reason=str(error))
         else:
-            self.metrics.set_models(settings.backends)
+            self._take_over(settings)
 
     def linger(self) -> None:
         """Keep the stores open, and deliver, until `leave`: others still have bills to write."""

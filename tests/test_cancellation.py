@@ -8,7 +8,7 @@ most, settled once, and nothing left behind.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,9 +26,11 @@ from llmproxy import config
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
+from llmproxy.config import Prices
 from llmproxy.exchange import Services
 from llmproxy.metrics import Metrics
-from llmproxy.model import Account, Counts, Entry, Outcome, Settlement, State
+from llmproxy.model import Account, Counts, Entry, Outcome, Price, Settlement, State
+from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
 from llmproxy.storage import IAccounts, ILedger
 from llmproxy.storage.memory import MemoryAccounts, MemoryLedger, MemoryStore
@@ -147,6 +149,9 @@ class SlowLedger:
         self._ledger = MemoryLedger(store, clock, owners, bills_here=True)
         self.settled: list[str] = []
 
+    def know(self, prices: Iterable[Price]) -> Deferred[None]:
+        return self._ledger.know(prices)
+
     def open(self, entry: Entry) -> Deferred[None]:
         return self._gate.later(lambda: self._ledger.open(entry))
 
@@ -188,6 +193,7 @@ class World:
             ledger=self.ledger,
             checkpoints=Checkpoints(self.ledger, self.clock),
             metrics=metrics,
+            prices=PriceList(Prices()),
         )
         self.server = Server(self.clock, make_root(self.services, 0), metrics)
         self._request = list(case.request)

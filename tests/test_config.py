@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmproxy import config
-from llmproxy.config import Backend, Config, Database, LedgerConfig
+from llmproxy.config import Backend, Config, Database, LedgerConfig, PriceEntry
 from llmproxy.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -492,7 +492,7 @@ def documented() -> dict[str, set[str]]:
     """The settings named in the shipped example, commented out or not, by section."""
     section, found = "", dict[str, set[str]]()
     for line in config.default_text().splitlines():
-        if heading := re.fullmatch(r"#?\[(\w+)(\..*)?\]", line):
+        if heading := re.fullmatch(r"#?\[?\[(\w+)(\..*?)?\]?\]", line):
             section = heading[1]
         elif setting := re.match(r"#?(\w+) = ", line):
             found.setdefault(section, set()).add(setting[1])
@@ -501,19 +501,22 @@ def documented() -> dict[str, set[str]]:
 
 def known() -> dict[str, set[str]]:
     """The settings that the dataclasses have, by section."""
-    sections = {"": Config, "backends": Backend} | {
+    sections: dict[str, typing.Any] = {"": Config, "backends": Backend} | {
         name: hint
         for name, hint in typing.get_type_hints(Config).items()
         if dataclasses.is_dataclass(hint)
     }
+    found = {section: named(cls) for section, cls in sections.items()}
+    found["prices"] |= named(PriceEntry)
+    return found
+
+
+def named(cls: type) -> set[str]:
     return {
-        section: {
-            name + suffix
-            for name, hint in typing.get_type_hints(cls, include_extras=True).items()
-            for rule in getattr(hint, "__metadata__", ())
-            for suffix in (("", "_file") if rule.secret else ("",))
-        }
-        for section, cls in sections.items()
+        name + suffix
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items()
+        for rule in getattr(hint, "__metadata__", ())
+        for suffix in (("", "_file") if rule.secret else ("",))
     }
 
 

@@ -26,6 +26,14 @@ path = "j.sqlite"
 listen = []
 [metrics]
 enabled = false
+[prices]
+currency = "EUR"
+[[prices.models.llama]]
+prompt = 150_000
+[[prices.models.llama]]
+valid_from = 2026-07-01T00:00:00+02:00
+prompt = 120_000
+completion = 480_000
 [backends."org/model-7.1"]
 url = "https://gpu1:8000/v1/"
 token = "s3"

@@ -281,7 +281,8 @@ def add_usage(tool: Tool) -> None:
 )
 def test_usage_sums_what_was_billed(tool: Tool, by: str, first: str, second: str) -> None:
     add_usage(tool)
-    nothing = {"prompt": 0, "completion": 0, "embedding": 0, "transcription": 0}
+    nothing: dict[str, Any] = {"prompt": 0, "completion": 0, "embedding": 0, "transcription": 0}
+    nothing |= {"cost": None, "currency": None}
     assert tool.json("usage", "--by", by) == [
         nothing | {by: first, "requests": 2, "prompt": 3, "completion": 30},
         nothing | {by: second, "requests": 2, "embedding": 5, "transcription": 7},
@@ -307,14 +308,14 @@ def test_usage_does_not_overflow(tool: Tool) -> None:
 def test_usage_as_table_and_csv(tool: Tool) -> None:
     add_usage(tool)
     assert tool.run("usage", "--by", "key").splitlines() == [
-        "KEY   REQUESTS  PROMPT  COMPLETION  EMBEDDING  TRANSCRIPTION",
-        "key1         2       3          30          0              0",
-        "key2         2       0           0          5              7",
+        "KEY   REQUESTS  PROMPT  COMPLETION  EMBEDDING  TRANSCRIPTION  COST  CURRENCY",
+        "key1         2       3          30          0              0     -         -",
+        "key2         2       0           0          5              7     -         -",
     ]
     assert tool.run("usage", "--by", "key", "--format", "csv").splitlines() == [
-        "key,requests,prompt,completion,embedding,transcription",
-        "key1,2,3,30,0,0",
-        "key2,2,0,0,5,7",
+        "key,requests,prompt,completion,embedding,transcription,cost,currency",
+        "key1,2,3,30,0,0,,",
+        "key2,2,0,0,5,7,,",
     ]
 
 
@@ -322,3 +323,42 @@ def test_usage_works_on_the_journal_with_mongodb(tool: Tool) -> None:
     tool.configure(MONGODB)
     add_usage(tool)
     assert [row["requests"] for row in tool.json("usage", "--by", "key")] == [2, 2]
+
+
+def add_prices(tool: Tool) -> None:
+    prices = {1: ("EUR", 150_000, 600_000), 2: ("EUR", 300_000, 0), 3: ("USD", 1, 1)}
+    for number, price in prices.items():
+        tool.query("INSERT INTO price VALUES (?, ?, ?, ?, 0, 0)", number, *price)
+
+
+def test_usage_shows_what_it_costs_at_the_price_of_each_request(tool: Tool) -> None:
+    add_prices(tool)
+    tool.add_row("r1", prompt=10, completion=10, price=1)  # 7.5 micro-units
+    tool.add_row("r2", prompt=10, price=2)  # 3.0
+    tool.add_row("r3", prompt=10, price=2, state="disputed")  # is not billed
+    tool.add_row("r4", prompt=1_000_000, price=3)
+    tool.add_row("r5", prompt=7)
+    found = tool.json("usage", "--by", "key")
+    assert [(row["currency"], row["cost"], row["requests"]) for row in found] == [
+        (None, None, 1),
+        ("EUR", "0.000011", 2),
+        ("USD", "0.000001", 1),
+    ]
+
+
+def test_costs_do_not_overflow(tool: Tool) -> None:
+    tool.query("INSERT INTO price VALUES (1, 'EUR', 1000000000000000, 0, 0, 0)")
+    for number in range(3):
+        tool.add_row(f"r{number}", prompt=MAX_COUNT, price=1)
+    (row,) = tool.json("usage", "--by", "key")
+    assert row["cost"] == f"{3 * MAX_COUNT * 1000}.000000"
+
+
+def test_rows_are_exported_with_what_they_cost(tool: Tool) -> None:
+    add_prices(tool)
+    tool.add_row("r1", prompt=10, completion=10, price=1)
+    tool.add_row("r2", prompt=10, completion=10, price=1, state="disputed")
+    assert (row_of(tool, "r1")["cost"], row_of(tool, "r1")["currency"]) == ("0.000008", "EUR")
+    assert row_of(tool, "r2")["cost"] is None
+    tool.run("ledger", "resolve", "r2", *CHAT)
+    assert row_of(tool, "r2")["cost"] == "0.000003"

@@ -84,6 +84,8 @@ def settings() -> dict[str, str]:
         "admin.": config.Admin,
         "metrics.": config.Metrics,
         "backends.NAME.": config.Backend,
+        "prices.": config.Prices,
+        "prices.models.NAME.": config.PriceEntry,
     }.items():
         hints = typing.get_type_hints(cls, include_extras=True)
         for field in fields(cls):

@@ -96,8 +96,25 @@ def old_database(path: Path, events: int = 0, duplicates: int = 0) -> None:
 def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
     prepare(path)
     tables = query(path, "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")
-    assert tables == [("api_key",), ("event_oneoff",), ("ledger",)]
+    assert tables == [("api_key",), ("event_oneoff",), ("ledger",), ("price",)]
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_a_ledger_without_prices_gets_their_column_once_and_keeps_its_rows(path: Path) -> None:
+    prepare(path)
+    with closing(connect(path)) as connection:
+        connection.execute("ALTER TABLE ledger DROP COLUMN price")
+        connection.execute("DROP TABLE price")
+        connection.execute(
+            "INSERT INTO ledger (rid, state, owner, opened, api_key, path, model, device)"
+            " VALUES ('r', 'orphan', 'o', 't', 'k', 'p', 'm', 'd')"
+        )
+    starting = [threading.Thread(target=prepare, args=(path,)) for _ in range(8)]
+    for each in starting:
+        each.start()
+    for each in starting:
+        each.join()
+    assert query(path, "SELECT rid, price FROM ledger") == [("r", None)]
 
 
 def test_preparing_again_changes_nothing(path: Path) -> None:

@@ -204,7 +204,7 @@ def _billed(
     (unresolved,) = connection.execute(
         f"SELECT count(*) FROM ledger WHERE state IN ('disputed', 'orphan') AND {window}", bounds
     ).fetchone()
-    row: Any = next(iter(summed(connection, "model", window, bounds)), None)
+    row: Any = next(iter(summed(connection, ("model",), window, bounds)), None)
     _, requests, *totals = row or (None, 0, *(0 for _ in Kind))
     sums = dict(zip(Kind, totals, strict=True))
     return Billed(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmproxy.config import Config
 from llmproxy.expiry import UNREADABLE, expiry_time
-from llmproxy.model import MAX_COUNT
+from llmproxy.model import MAX_COUNT, Kind, Price
 from llmproxy.storage.sqlite import migrate, to_text
 
 #: How long a statement waits for the proxy's commits.
@@ -69,6 +69,12 @@ def opened(config: Config) -> Iterator[sqlite3.Connection]:
         raise CommandError(f"database {store_path(config)}: {error}") from error
     finally:
         connection.close()
+
+
+def known_prices(connection: sqlite3.Connection) -> dict[int, Price]:
+    """All prices that rows speak of, by their ids."""
+    found = connection.execute(f"SELECT id, currency, {', '.join(Kind)} FROM price")
+    return {row[0]: Price(*row) for row in found}
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sqlite3
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from llmproxy.config import Config
 from llmproxy.ctl.common import (
@@ -15,6 +15,7 @@ from llmproxy.ctl.common import (
     add_period,
     count,
     emit,
+    known_prices,
     opened,
     period,
     say,
@@ -22,6 +23,7 @@ from llmproxy.ctl.common import (
 )
 from llmproxy.endpoints import ENDPOINTS, Shape
 from llmproxy.model import (
+    BILLED,
     Account,
     Counts,
     Entry,
@@ -32,6 +34,7 @@ from llmproxy.model import (
     events,
     utcnow,
 )
+from llmproxy.prices import cost, shown
 from llmproxy.storage.rows import add_events
 from llmproxy.storage.sqlite import from_text, to_text
 
@@ -58,6 +61,8 @@ COLUMNS = (
 TABLE_COLUMNS = tuple(
     name for name in COLUMNS if name not in ("finished", "user_id", "delivered", "raw")
 )
+#: What is shown after them: in units of the currency, for what was billed at a price.
+MONEY = ("cost", "currency")
 #: What could not be billed exactly.
 LISTED_STATES = (State.DISPUTED, State.ORPHAN, State.ESTIMATED)
 #: Rows that `export` reads at a time: a longer read would keep SQLite from tidying its log.
@@ -116,34 +121,47 @@ def _list(arguments: argparse.Namespace, config: Config) -> int:
     when, bounds = period("opened", arguments)
     marks = ", ".join("?" * len(states))
     with opened(config) as connection:
-        rows = connection.execute(
-            f"SELECT {', '.join(columns)} FROM ledger WHERE state IN ({marks}) AND {when} "
+        found = connection.execute(
+            f"SELECT {', '.join(columns)}, price FROM ledger WHERE state IN ({marks}) AND {when} "
             "ORDER BY rid DESC LIMIT ?",
             [*states, *bounds, min(arguments.limit + 1, 2**62)],
         ).fetchall()
-    shown = rows[: arguments.limit]
-    if len(rows) > len(shown):
-        say(f"only the newest {len(shown)} rows are shown: see --limit, or ledger export")
-    emit(columns, reversed(shown), arguments.format)
+        rows = list(_with_money(connection, columns, found))
+    newest = rows[: arguments.limit]
+    if len(rows) > len(newest):
+        say(f"only the newest {len(newest)} rows are shown: see --limit, or ledger export")
+    emit((*columns, *MONEY), reversed(newest), arguments.format)
     return 0
 
 
 def _export(arguments: argparse.Namespace, config: Config) -> int:
     with opened(config) as connection:
-        emit(COLUMNS, _all_rows(connection, arguments), arguments.format)
+        emit((*COLUMNS, *MONEY), _all_rows(connection, arguments), arguments.format)
     return 0
 
 
 def _all_rows(connection: sqlite3.Connection, arguments: argparse.Namespace) -> Iterator[Row]:
     when, bounds = period("opened", arguments)
     statement = (
-        f"SELECT {', '.join(COLUMNS)} FROM ledger WHERE rid > ? AND {when} "
+        f"SELECT {', '.join(COLUMNS)}, price FROM ledger WHERE rid > ? AND {when} "
         f"ORDER BY rid LIMIT {PAGE_ROWS}"
     )
     last = ""
     while page := connection.execute(statement, [last, *bounds]).fetchall():
-        yield from page
+        yield from _with_money(connection, COLUMNS, page)
         last = page[-1][0]
+
+
+def _with_money(
+    connection: sqlite3.Connection, columns: Sequence[str], rows: Iterable[Row]
+) -> Iterator[Row]:
+    """Rows of `columns` and a price's id, with `MONEY` in the place of the latter."""
+    prices = known_prices(connection)
+    for *row, number in cast(Any, rows):
+        of: dict[str, Any] = dict(zip(columns, row, strict=True))
+        price = prices.get(number) if of["state"] in BILLED else None
+        counts = {kind: n for kind in Kind if (n := of[kind]) is not None}
+        yield (*row, price and shown(cost(counts, price)), price and price.currency)
 
 
 def _resolve(arguments: argparse.Namespace, config: Config) -> int:

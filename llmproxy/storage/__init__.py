@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-from llmproxy.model import Account, Counts, Entry, Event, Settlement
+from llmproxy.model import Account, Counts, Entry, Event, Price, Settlement
 
 
 class IAccounts(Interface):
@@ -23,6 +23,9 @@ class IAccounts(Interface):
 
 class ILedger(Interface):
     """One row per request that is sent to a backend."""
+
+    def know(prices: Iterable[Price]) -> Deferred[None]:
+        """Write down prices that the entries of rows will have. To be called before `open`."""
 
     def open(entry: Entry) -> Deferred[None]:
         """Write the row, durably. Fails with `StorageError` when that could not be made sure.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeGuard
 
@@ -34,6 +34,7 @@ from llmproxy.model import (
     Event,
     Kind,
     Outcome,
+    Price,
     Settlement,
     State,
     events,
@@ -477,6 +478,11 @@ class SQLiteLedger:
         self._owners = owners
         self._bills_here = bills_here
         self.notify: Callable[[], None] = lambda: None
+
+    def know(self, prices: Iterable[Price]) -> Deferred[None]:
+        """See `ILedger.know`. Operations are written in their order."""
+        known = list(prices)
+        return self.writer.write(lambda connection: rows.add_prices(connection, known))
 
     def open(self, entry: Entry) -> Deferred[None]:
         """See `ILedger.open`."""

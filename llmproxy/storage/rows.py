@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from llmproxy.model import BILLED, Counts, Entry, Event, Kind, Settlement, State
+from llmproxy.model import BILLED, Counts, Entry, Event, Kind, Price, Settlement, State
 from llmproxy.storage.sqlite import to_text
 
 #: Rows in one statement at most. SQLite's compiler is run once for each smaller number, and Python
@@ -60,6 +60,7 @@ CREATE TEMP TRIGGER checkpoint_row INSTEAD OF INSERT ON running BEGIN
     WHERE rid = new.rid AND state = 'open';
 END;"""
 
+ADD_PRICE = "INSERT OR IGNORE INTO price VALUES (?, ?, ?, ?, ?, ?)"
 ADD_EVENT = """INSERT OR IGNORE INTO event_oneoff (created, api_key, product, quantity, rid)
     VALUES (?, ?, ?, ?, ?)"""
 
@@ -79,8 +80,9 @@ class Statement:
 
 # Not `OR IGNORE`, which would pass over a row with a NULL where none may be as if it were there.
 OPEN = Statement(
-    "INSERT INTO ledger (rid, state, owner, opened, api_key, user_id, path, model, device) VALUES ",
-    "(?, 'open', ?, ?, ?, ?, ?, ?, ?)",
+    "INSERT INTO ledger"
+    " (rid, state, owner, opened, api_key, user_id, path, model, device, price) VALUES ",
+    "(?, 'open', ?, ?, ?, ?, ?, ?, ?, ?)",
     " ON CONFLICT (rid) DO NOTHING",
 )
 CLOSE = Statement("INSERT INTO closing VALUES ", "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
@@ -105,6 +107,7 @@ def opening(entry: Entry, owner: str) -> Row:
         entry.path,
         entry.model,
         entry.device,
+        entry.price and entry.price.id,
     )
 
 
@@ -139,6 +142,11 @@ def closing_for_nothing(opened: Row) -> Row:
 def checkpoint(rid: str, counts: Counts) -> Row:
     """The parameters of CHECKPOINT."""
     return (rid, *map(counts.get, Kind))
+
+
+def add_prices(connection: sqlite3.Connection, prices: Iterable[Price]) -> None:
+    """Let rows speak of these prices; those that are there already stay as they are."""
+    connection.executemany(ADD_PRICE, prices)
 
 
 def add_events(connection: sqlite3.Connection, due: Iterable[Event]) -> None:

@@ -46,6 +46,21 @@ def migrate(connection: sqlite3.Connection) -> None:
     except sqlite3.IntegrityError:
         _accept_old_duplicates(connection)
         connection.executescript(files("llmproxy").joinpath("schema.sql").read_text())
+    _add_column(connection, "ledger", "price", "INTEGER")
+
+
+def _add_column(connection: sqlite3.Connection, table: str, column: str, kind: str) -> None:
+    """Add what an earlier version's table lacks, once, whoever else is about to."""
+    if _has_column(connection, table, column):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    if not _has_column(connection, table, column):
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+    connection.execute("COMMIT")
+
+
+def _has_column(connection: sqlite3.Connection, table: str, column: str) -> bool:
+    return any(name == column for _, name, *_ in connection.execute(f"PRAGMA table_info({table})"))
 
 
 def _accept_old_duplicates(connection: sqlite3.Connection) -> None:

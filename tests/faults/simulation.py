@@ -53,11 +53,12 @@ from llmproxy import auth, config, exchange, site, upstream
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
-from llmproxy.config import Backend, Config
+from llmproxy.config import Backend, Config, Prices
 from llmproxy.delivery import Delivery
 from llmproxy.exchange import Services
 from llmproxy.metrics import Metrics
 from llmproxy.model import Kind, State, product
+from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
 from llmproxy.site import Site
 from llmproxy.storage import journal
@@ -172,6 +173,7 @@ class Process:
             ledger=self.ledger,
             checkpoints=checkpoints,
             metrics=shared_metrics(),
+            prices=PriceList(Prices()),
         )
 
     def _connect(self, backend: Backend) -> Upstream:
