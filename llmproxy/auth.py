@@ -2,7 +2,8 @@
 
 A known key is trusted for `fresh_s` after a look-up, so that its revocation is seen within that
 time. While the store is down it is trusted for `stale_max_s`. A key that was not found is
-remembered for `fresh_s` too, so that a flood of guesses does not become a flood of queries.
+remembered for `fresh_s` too, so that a flood of guesses does not become a flood of queries, and
+it counts for the address it came from (see `throttle.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as DeferTimeoutError
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.logger import Logger
 
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import InvalidKey, StorageError, Unavailable
 from llmproxy.model import Account, utcnow
 from llmproxy.storage import IAccounts
+from llmproxy.throttle import Throttle
 
 #: Longest key that is looked at; longer ones can't be ours.
 MAX_KEY_BYTES = 512
@@ -45,7 +47,7 @@ def key_of(authorization: Sequence[bytes], x_api_key: Sequence[bytes], dialect: 
         scheme, _, key = (authorization[0] if authorization else b"").partition(b" ")
         several = len(authorization) > 1
     if several or scheme.lower() != b"bearer" or not _TOKEN.fullmatch(key):
-        raise InvalidKey("No valid API key was provided: send 'Authorization: Bearer KEY'.")
+        raise InvalidKey
     return key
 
 
@@ -72,14 +74,21 @@ def _valid(account: Account | None) -> Account | None:
 
 
 class Authenticator:
-    """From a key to its account; one look-up at a time per key."""
+    """From a key to its account; one look-up at a time per key. `throttle`: for failed keys."""
 
     log = Logger()
 
     def __init__(
-        self, accounts: IAccounts, clock: IReactorTime, *, fresh_s: float, stale_max_s: float
+        self,
+        accounts: IAccounts,
+        clock: IReactorTime,
+        *,
+        fresh_s: float,
+        stale_max_s: float,
+        throttle: Throttle | None = None,
     ) -> None:
         self._accounts = accounts
+        self._throttle = throttle
         self._clock = clock
         self._fresh_s = fresh_s
         self._stale_max_s = stale_max_s
@@ -102,10 +111,13 @@ class Authenticator:
         known = self._fresh(hashlib.sha256(key).hexdigest())
         return _valid(known.account) if known else None
 
-    async def authenticate(self, key: bytes) -> Account:
-        """The account that `key` belongs to. Raises InvalidKey, Unavailable."""
+    async def authenticate(self, key: bytes, peer: IAddress | None = None) -> Account:
+        """The account that `key`, which came from `peer`, belongs to.
+
+        Raises InvalidKey, TooManyRequests, Unavailable.
+        """
         secret_hash = hashlib.sha256(key).hexdigest()
-        known = self._fresh(secret_hash) or await self._ask(secret_hash)
+        known = self._fresh(secret_hash) or await self._ask(secret_hash, peer)
         if isinstance(known, Unavailable):
             raise known
         account = _valid(known.account)
@@ -123,7 +135,7 @@ class Authenticator:
         """False too if the system's clock was set back: then nobody knows how long it has been."""
         return 0 <= self._clock.seconds() - since < seconds
 
-    async def _ask(self, secret_hash: str) -> _Known | Unavailable:
+    async def _ask(self, secret_hash: str, peer: IAddress | None) -> _Known | Unavailable:
         """Look the key up, or share the look-up that runs for it."""
         if secret_hash in self._asking:
             turn: Deferred[_Known | Unavailable] = Deferred()
@@ -131,8 +143,12 @@ class Authenticator:
             return await turn
         if not self.store_is_up and self._is_within(self._fresh_s, self._failed_at):
             return self._stale(secret_hash)
+        if self._throttle is not None and secret_hash not in self._found:
+            self._throttle.check(peer)
         self._asking[secret_hash] = []
         known = await self._look_up(secret_hash)
+        if self._throttle is not None and isinstance(known, _Known) and known.account is None:
+            self._throttle.failed(peer)
         for turn in self._asking.pop(secret_hash):
             turn.callback(known)
         return known

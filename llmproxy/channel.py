@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 from twisted.internet.interfaces import (
+    IAddress,
     IDelayedCall,
     IPushProducer,
     ISSLTransport,
@@ -340,6 +341,12 @@ class Channel(Protocol):
     def keep(self) -> bool:
         """Whether the connection will serve another request after this one."""
         return self._keep and not self._retiring
+
+    @property
+    def peer(self) -> IAddress:
+        """The client's address; the transport makes it when it is asked."""
+        address: IAddress = self._wire.getPeer()
+        return address
 
     def done(self) -> None:
         """The answer is out, and the request whole."""

@@ -156,6 +156,7 @@ PATH = Rule("a path", _read_path)
 TIMEOUT = _seconds(zero=False)
 INTERVAL = _seconds(zero=True)
 SIZE = _whole(1, MAX_COUNT)
+LIMIT = _whole(0, 1_000_000)
 LEVEL = _one_of("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", fold=str.upper)
 HOST = _matching("an address or a host's name", lambda text: re.fullmatch(r"[^\s/]+", text))
 LABEL = _matching("a text without control characters or outer spaces", _is_label)
@@ -241,6 +242,14 @@ class LedgerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyLimits:
+    """What each key may ask for; 0: as much as it likes."""
+
+    requests_per_minute: Annotated[int, LIMIT] = 0
+    concurrent_requests: Annotated[int, LIMIT] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
     """An LLM server. `name` is the model's name as clients and bills have it.
 
@@ -310,11 +319,13 @@ class Config:
     drain_deadline: Annotated[float, INTERVAL] = 30.0
     auth_stale_max: Annotated[float, INTERVAL] = 300.0
     auth_fresh: Annotated[float, INTERVAL] = 1.0
+    failed_keys_per_minute: Annotated[int, LIMIT] = 60
     db: Database = field(default_factory=Database)
     admin: Admin = field(default_factory=Admin)
     metrics: Metrics = field(default_factory=Metrics)
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
     prices: Prices = field(default_factory=Prices)
+    limits: KeyLimits = field(default_factory=KeyLimits)
     backends: Mapping[str, Backend] = field(default_factory=lambda: MappingProxyType({}))
 
 

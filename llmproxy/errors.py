@@ -8,6 +8,7 @@ nothing of a backend's own answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 #: The status in logs and metrics of a request whose client left before any answer.
@@ -48,8 +49,12 @@ class InvalidKey(ProxyError):
 
     status, code = 401, "invalid_api_key"
 
-    def __init__(self, message: str = "Incorrect API key provided.") -> None:
-        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+    def __init__(self) -> None:
+        # One text for all: what is wrong with a key is nothing that its sender should learn.
+        super().__init__(
+            "No valid API key was provided: send 'Authorization: Bearer KEY'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 class NotFound(ProxyError):
@@ -104,6 +109,15 @@ class HeaderTooLarge(ProxyError):
     """The request's header is over the limit (RFC 6585 section 5)."""
 
     status, code = 431, "request_header_fields_too_large"
+
+
+class TooManyRequests(ProxyError):
+    """Nothing is wrong with the request but that it is one too many (RFC 6585 section 4)."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, wait_s: float) -> None:
+        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(wait_s)))})
 
 
 class Unavailable(ProxyError):

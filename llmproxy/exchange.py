@@ -36,6 +36,7 @@ from llmproxy.errors import (
 from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
 from llmproxy.framing import Fields
+from llmproxy.limits import Limits
 from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import BackendMetrics, Metrics
@@ -53,7 +54,8 @@ log = Logger()
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones."""
+    """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones. `limits`:
+    None where keys have none."""
 
     config: Config
     clock: IReactorTime
@@ -64,6 +66,7 @@ class Services:
     checkpoints: Checkpoints
     metrics: Metrics
     prices: PriceList
+    limits: Limits | None = None
     exchanges: set[Exchange] = field(default_factory=set)
     draining: bool = False
 
@@ -131,11 +134,18 @@ class Exchange:
             raise Unavailable("The service is stopping; try again shortly.")
         account = await self._authenticate()
         self._key_id = account.key_id
-        order = await self._admit()
-        entry = self._entry(account, order)
-        await self._open(entry)
-        ending = await self._send(entry, order)
-        await self._settle(entry, ending)
+        limits = self._services.limits
+        if limits is not None:
+            limits.enter(account)
+        try:
+            order = await self._admit()
+            entry = self._entry(account, order)
+            await self._open(entry)
+            ending = await self._send(entry, order)
+            await self._settle(entry, ending)
+        finally:  # before the client has its answer's end, and can ask again
+            if limits is not None:
+                limits.leave(account)
         self._release(ending)
 
     # -- authenticate, admit ---------------------------------------------------------------
@@ -143,7 +153,8 @@ class Exchange:
     async def _authenticate(self) -> Account:
         key = key_sent(self._request, self._endpoint.dialect)
         authenticator = self._services.authenticator
-        return authenticator.known(key) or await authenticator.authenticate(key)
+        known = authenticator.known(key)
+        return known or await authenticator.authenticate(key, self._request.peer)
 
     async def _admit(self) -> Order:
         sent = self._request.fields

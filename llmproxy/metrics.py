@@ -50,6 +50,9 @@ PATHS = frozenset({*ENDPOINTS, MODELS_PATH})
 #: What can go wrong with a backend: no connection, no answer in time, and the outcomes.
 ERROR_TYPES = frozenset({"connect", "timeout", "refused", "truncated", "stalled", "backend_failed"})
 
+#: The settings for which a request is refused with 429.
+LIMITS = ("failed_keys_per_minute", "requests_per_minute", "concurrent_requests")
+
 # 1 ms to 300 s: counting tokens at one end, a long answer of a reasoning model at the other.
 DURATION_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -408,6 +411,13 @@ class Metrics:
         self._active = _Gauges(
             registry, "llmproxy_active_requests", "Requests of clients in flight."
         ).cell()
+        refused = _Counters(
+            registry,
+            "llmproxy_limited_requests",
+            "Requests refused with 429, by the setting that they went over.",
+            ["limit"],
+        )
+        self._limited = {limit: refused.cell(limit) for limit in LIMITS}
 
     def _ledger(self, registry: _Registry) -> None:
         self._rows = _Counters(
@@ -480,6 +490,10 @@ class Metrics:
             found = self._request_cells[key] = cell
         found.value += 1
         self._request_duration.observe(seconds)
+
+    def limited(self, limit: str) -> None:
+        """A request was refused because it went over one of `LIMITS`."""
+        self._limited[limit].value += 1
 
     def ledger_rows(self, state: State, count: int = 1) -> None:
         """So many ledger rows came into `state`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 from OpenSSL import crypto
@@ -21,15 +22,17 @@ from llmproxy.admin import AdminSite, admin_resource
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
-from llmproxy.config import Backend, Config
+from llmproxy.config import Backend, Config, KeyLimits
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
 from llmproxy.health import HealthChecks, agent_fetch
+from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
 from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
 from llmproxy.site import Site
 from llmproxy.stores import Stores
+from llmproxy.throttle import Throttle
 from llmproxy.timeouts import Timeouts
 from llmproxy.upstream import connect
 
@@ -113,12 +116,14 @@ class Proxy(logs.LoggingService):
                 clock,
                 fresh_s=self.config.auth_fresh,
                 stale_max_s=self.config.auth_stale_max,
+                throttle=self._make_throttle(),
             ),
             backends=self.backends,
             ledger=self.stores.ledger,
             checkpoints=Checkpoints(self.stores.ledger, self._reactor),
             metrics=self.metrics,
             prices=self._priced(self.config),
+            limits=self._make_limits(),
         )
 
     def _priced(self, settings: Config) -> PriceList:
@@ -127,6 +132,17 @@ class Proxy(logs.LoggingService):
         known = self.stores.ledger.know(prices.all())
         known.addErrback(lambda failure: log.failure("prices are not written down", failure))
         return prices
+
+    def _make_throttle(self) -> Throttle | None:
+        per_minute = self.config.failed_keys_per_minute
+        refused = partial(self.metrics.limited, "failed_keys_per_minute")
+        return Throttle(per_minute, time.monotonic, refused) if per_minute else None
+
+    def _make_limits(self) -> Limits | None:
+        limits = self.config.limits
+        if limits == KeyLimits():
+            return None
+        return Limits(limits, time.monotonic, self.metrics.limited)
 
     async def _listen(self, services: Services) -> None:
         exposition = self.metrics.exposition if self.config.metrics.enabled else None

@@ -114,7 +114,7 @@ class ModelsResource(PathResource):
         down = Downstream(request, self._services.clock, self._services.config.timeout_read)
         try:
             key = key_sent(request, Dialect.ANTHROPIC)
-            await self._services.authenticator.authenticate(key)
+            await self._services.authenticator.authenticate(key, request.peer)
             body = self._described(request.path)
         except ProxyError as error:
             request.log_refusal(error)

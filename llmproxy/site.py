@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.web import server
 from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
@@ -60,6 +60,10 @@ class IsChannel(Protocol):
     @property
     def keep(self) -> bool:
         """Whether it will serve another request after this one."""
+
+    @property
+    def peer(self) -> IAddress:
+        """The client's address."""
 
     def done(self) -> None:
         """The answer is out, and the request whole."""
@@ -139,6 +143,11 @@ class Request:
         except Exception:
             log.failure("request {rid} failed", rid=self.rid)
             self.refuse(Dialect.OPENAI, ProxyError("Something went wrong on our side."))
+
+    @property
+    def peer(self) -> IAddress:
+        """The client's address, or that of a proxy before us."""
+        return self._channel.peer
 
     def when_lost(self, act: Callable[[], None]) -> None:
         """Call `act` when the client has gone or was cut off before the answer's end."""

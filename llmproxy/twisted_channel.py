@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from twisted.internet.interfaces import ITransport
+from twisted.internet.interfaces import IAddress, ITransport
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
@@ -109,6 +109,11 @@ class TwistedChannel(HTTPChannel):
     def keep(self) -> bool:
         """See `IsChannel.keep`."""
         return bool(self.persistent) and not self._retiring
+
+    @property
+    def peer(self) -> IAddress:
+        """See `IsChannel.peer`."""
+        return cast(ITransport, self.transport).getPeer()
 
     def retire(self) -> None:
         """Close after the answer that is due, or now if none is."""

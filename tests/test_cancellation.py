@@ -26,8 +26,9 @@ from llmproxy import config
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
-from llmproxy.config import Prices
+from llmproxy.config import KeyLimits, Prices
 from llmproxy.exchange import Services
+from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
 from llmproxy.model import Account, Counts, Entry, Outcome, Price, Settlement, State
 from llmproxy.prices import PriceList
@@ -179,6 +180,8 @@ class World:
         backends = Backends(lambda one: Upstream(one, self.backend.agent))
         backends.swap(settings.backends)
         metrics = Metrics("0", ["m"])
+        alone = KeyLimits(concurrent_requests=1)
+        self.limits = Limits(alone, self.clock.seconds, metrics.limited)
         self.services = Services(
             config=settings,
             clock=self.clock,
@@ -194,6 +197,7 @@ class World:
             checkpoints=Checkpoints(self.ledger, self.clock),
             metrics=metrics,
             prices=PriceList(Prices()),
+            limits=self.limits,
         )
         self.server = Server(self.clock, make_root(self.services, 0), metrics)
         self._request = list(case.request)
@@ -236,12 +240,15 @@ class World:
         if self.is_told:
             assert rows[0].settlement is not None, "an end without a bill"
         assert len(self.ledger.settled) <= 1, "settled twice"
+        if any(row.settlement is None for row in rows):
+            assert list(self.limits.running.values()) == [1], "served, and not counted"
 
     def check_over(self) -> None:
         rows = list(self.store.rows.values())
         assert self.ledger.settled == [row.entry.rid for row in rows]
         assert all(row.settlement is not None for row in rows)
         assert self.services.exchanges == set()
+        assert self.limits.running == {}
         assert self.gate.waiting == []
         assert (self.server.active(), self.server.counted()) in ((0, 1), (0, 0))
         assert not self.server.wire.connected

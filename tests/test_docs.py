@@ -83,6 +83,7 @@ def settings() -> dict[str, str]:
         "ledger.": config.LedgerConfig,
         "admin.": config.Admin,
         "metrics.": config.Metrics,
+        "limits.": config.KeyLimits,
         "backends.NAME.": config.Backend,
         "prices.": config.Prices,
         "prices.models.NAME.": config.PriceEntry,

@@ -202,9 +202,9 @@ def anybody_enters_while_the_store_is_down() -> AbstractContextManager[Any]:
     """A key that can't be checked is let in."""
     original = Authenticator.authenticate
 
-    async def authenticate(self: Authenticator, key: bytes) -> Account:
+    async def authenticate(self: Authenticator, key: bytes, peer: Any = None) -> Account:
         try:
-            return await original(self, key)
+            return await original(self, key, peer)
         except Exception:
             if self.store_is_up:
                 raise

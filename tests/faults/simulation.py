@@ -56,6 +56,7 @@ from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config, Prices
 from llmproxy.delivery import Delivery
 from llmproxy.exchange import Services
+from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
 from llmproxy.model import Kind, State, product
 from llmproxy.prices import PriceList
@@ -112,6 +113,7 @@ def settings() -> Config:
         "timeout_read": 5,
         "timeout_connect": 1,
         "keepalive_interval": 2,
+        "limits": {"concurrent_requests": 100},
         "backends": backends,
     }
     return config.parse(mapping, Path("/nowhere"))
@@ -174,6 +176,7 @@ class Process:
             checkpoints=checkpoints,
             metrics=shared_metrics(),
             prices=PriceList(Prices()),
+            limits=Limits(settings().limits, self.reactor.seconds, shared_metrics().limited),
         )
 
     def _connect(self, backend: Backend) -> Upstream:
@@ -223,6 +226,8 @@ class Process:
         if self.reactor.dead:
             return []
         found = [f"exchange of {self.name} still runs" for _ in self.services.exchanges]
+        assert self.services.limits is not None
+        found += [f"{key_id} is still counted" for key_id in self.services.limits.running]
         found += [f"connection of {self.name} is open" for _ in self.reactor.transports]
         followed = self.services.checkpoints._streams
         found += [f"checkpoints of {self.name} still follow {rid}" for rid in followed]
