@@ -10,7 +10,7 @@ CLIENT_SIDE = $(addprefix tests/test_,$(addsuffix .py,site downstream exchange f
   backpressure auth audio clients))
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint check faults hostile clean
+.PHONY: run test lint check faults hostile openapi clean
 
 run: $(VENV)/installed
 	$(BIN)/python -m llmproxy --demo
@@ -33,6 +33,11 @@ faults: $(VENV)/installed-dev mongod
 # The long form of the suites of hostile inputs. Counts what was tried and what passed.
 hostile: $(VENV)/installed-dev
 	LLMPROXY_HOSTILE=long $(BIN)/python -m pytest tests/hostile tests/threats
+
+# docs/openapi.yaml as the JSON that the admin site serves.
+openapi: $(VENV)/installed-dev
+	$(BIN)/python -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, indent=1)' \
+	  < docs/openapi.yaml > llmproxy/openapi.json
 
 # What the proxy costs, beside nginx and sglang-router: 25 minutes, or `make bench BENCH=--quick`.
 # Needs Linux with two cores and gcc, and wants nginx-light. docs/performance.md tells more.

@@ -300,17 +300,18 @@ class Request:
 
 
 class Site(server.Site):
-    """The public site. `origin`: the value of Access-Control-Allow-Origin. `http`: whose HTTP
-    serves the clients, `llhttp` or `twisted`."""
+    """A site. `metrics`: None, and nothing is counted. `origin`: the value of
+    Access-Control-Allow-Origin; None, and no page of another site may read the answers. `http`:
+    whose HTTP serves the clients, `llhttp` or `twisted`."""
 
     def __init__(
         self,
         root: IResource,
         clock: IReactorTime,
         *,
-        metrics: Metrics,
+        metrics: Metrics | None,
         monotonic: Callable[[], float],
-        origin: str,
+        origin: str | None,
         http: str | None = None,
     ) -> None:
         super().__init__(root, timeout=int(IDLE_TIMEOUT_S), reactor=clock)
@@ -321,7 +322,7 @@ class Site(server.Site):
         self.on_count: Callable[[int], None] = lambda count: None
         self._metrics = metrics
         self._http = http or os.environ.get(VARIABLE) or "llhttp"
-        self._origin = origin.encode()
+        self._cors = _cors(origin)
         self._dated, self._preamble = -1, b""
         self._resources: dict[bytes, Any] = {}
         self.noisy = False
@@ -368,21 +369,17 @@ class Site(server.Site):
     def preamble(self) -> bytes:
         """The fields that each answer has, up to the value of the last one, made once a second.
 
-        Date: RFC 9110 section 6.6.1. CORS: browsers may show our answers to pages of this origin
-        (Fetch standard, section 3.2).
+        Date: RFC 9110 section 6.6.1.
         """
         now = int(self.clock.seconds())
         if now != self._dated:
-            vary = b"" if self._origin == b"*" else b"Vary: Origin\r\n"
             self._dated, self._preamble = (
                 now,
                 b"".join(
                     (
                         b"Server: llmproxy/%b\r\n" % __version__.encode(),
                         b"Date: %b\r\n" % datetimeToString(now),
-                        b"Access-Control-Allow-Origin: %b\r\n" % self._origin,
-                        b"Access-Control-Expose-Headers: X-Request-ID, Retry-After\r\n",
-                        vary,
+                        self._cors,
                         b"X-Request-Id: ",
                     )
                 ),
@@ -391,11 +388,27 @@ class Site(server.Site):
 
     def began(self, request: Request) -> None:
         """A request came."""
-        self._metrics.request_started()
+        if self._metrics is not None:
+            self._metrics.request_started()
 
     def ended(self, request: Request, seconds: float) -> None:
         """It was answered, or its client left."""
+        if self._metrics is None:
+            return
         path = request.path.decode("ascii", "replace")
         method = request.method.decode("ascii", "replace")
         status = request.status if request.started else CLIENT_GONE
         self._metrics.request_done(method, path, status, seconds)
+
+
+def _cors(origin: str | None) -> bytes:
+    """The fields by which browsers may show our answers to pages of this origin (Fetch standard,
+    section 3.2)."""
+    if origin is None:
+        return b""
+    return (
+        b"Access-Control-Allow-Origin: %b\r\n"
+        b"Access-Control-Expose-Headers: X-Request-ID, Retry-After\r\n"
+        % origin.encode()
+        + (b"" if origin == "*" else b"Vary: Origin\r\n")
+    )

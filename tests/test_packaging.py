@@ -88,7 +88,8 @@ def test_the_wheel_has_the_plugin_and_the_data(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert "twisted/plugins/llmproxy_plugin.py" in names
-    assert {"llmproxy/schema.sql", "llmproxy/config.toml", "llmproxy/py.typed"} <= names
+    data = ("schema.sql", "config.toml", "openapi.json", "py.typed")
+    assert {f"llmproxy/{name}" for name in data} <= names
 
 
 def test_the_wheel_has_every_module(wheel: Path):
@@ -159,6 +160,7 @@ def test_the_installed_proxy_serves(command: list[str], scripts: Path, tmp_path:
         assert get_status(f"http://127.0.0.1:{port}/v1/models") == 401
         process.send_signal(signal.SIGHUP)
         assert get_status(f"http://127.0.0.1:{admin_port}/healthz") == 200
+        assert get_status(f"http://127.0.0.1:{admin_port}/openapi.json") == 200
     assert (tmp_path / "db.sqlite").exists()
     assert not (tmp_path / "twistd.pid").exists()
 
