@@ -99,6 +99,12 @@ def _is_label(text: str) -> bool:
     return bool(text) and text.isprintable() and text.strip() == text
 
 
+def _read_labels(value: object) -> tuple[str, ...]:
+    listed = _typed(value, list)
+    _require(all(isinstance(text, str) and _is_label(text) for text in listed))
+    return tuple(listed)
+
+
 def _matching(expected: str, accepts: Callable[[str], object], *, secret: bool = False) -> Rule:
     def read(value: object) -> str:
         text: str = _typed(value, str)
@@ -160,6 +166,7 @@ LIMIT = _whole(0, 1_000_000)
 LEVEL = _one_of("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", fold=str.upper)
 HOST = _matching("an address or a host's name", lambda text: re.fullmatch(r"[^\s/]+", text))
 LABEL = _matching("a text without control characters or outer spaces", _is_label)
+LABELS = Rule("a list of texts without control characters or outer spaces", _read_labels)
 DEVICE = _matching(
     'a text without "/", control characters or outer spaces',
     lambda text: _is_label(text) and "/" not in text,
@@ -262,6 +269,7 @@ class Backend:
     token: Annotated[str | None, TOKEN] = field(default=None, repr=False)
     device: Annotated[str, DEVICE]
     model: Annotated[str | None, LABEL] = None
+    aliases: Annotated[tuple[str, ...], LABELS] = ()
     verify_ssl: Annotated[bool, BOOLEAN] = True
     ca_file: Annotated[Path | None, PATH] = None
     timeout: Annotated[float | None, TIMEOUT] = None
@@ -481,8 +489,11 @@ class _Reader:
     def _nested(self, hint: typing.Any, section: object, where: Where) -> object:
         if typing.get_origin(hint) is not Mapping:
             return self.section(hint, section, where)
-        of_each = self._backend if typing.get_args(hint)[1] is Backend else self._price_entries
-        return self._named(section, where, of_each)
+        if typing.get_args(hint)[1] is not Backend:
+            return self._named(section, where, self._price_entries)
+        backends = self._named(section, where, self._backend)
+        self._check_aliases(backends, where)
+        return backends
 
     def _named(
         self, section: object, where: Where, of_each: Callable[[object, Where], T]
@@ -500,6 +511,16 @@ class _Reader:
 
     def _backend(self, section: object, where: Where) -> Backend | None:
         return self.section(Backend, section, where, where[-1])
+
+    def _check_aliases(self, backends: Mapping[str, Backend | None], where: Where) -> None:
+        """Each name has one owner."""
+        owners = {name: name for name in backends}
+        for name, backend in backends.items():
+            for alias in backend.aliases if backend else ():
+                if alias in owners:
+                    what = f'"{alias}" is a name of {_dotted((*where, owners[alias]))} already'
+                    self._refuse((*where, name, "aliases"), what)
+                owners[alias] = name
 
     def _price_entries(self, section: object, where: Where) -> tuple[PriceEntry, ...]:
         listed = section if isinstance(section, list) else [section]

@@ -138,7 +138,7 @@ class Exchange:
         if limits is not None:
             limits.enter(account)
         try:
-            order = await self._admit()
+            order = await self._admit(account)
             entry = self._entry(account, order)
             await self._open(entry)
             ending = await self._send(entry, order)
@@ -156,15 +156,15 @@ class Exchange:
         known = authenticator.known(key)
         return known or await authenticator.authenticate(key, self._request.peer)
 
-    async def _admit(self) -> Order:
+    async def _admit(self, account: Account) -> Order:
         sent = self._request.fields
         if b"content-encoding" in sent:
             raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
         if self._endpoint.body is Body.MULTIPART:
-            return await self._admit_form(sent)
-        return await self._admit_json(sent)
+            return await self._admit_form(sent, account)
+        return await self._admit_json(sent, account)
 
-    async def _admit_json(self, sent: Fields) -> Order:
+    async def _admit_json(self, sent: Fields, account: Account) -> Order:
         if headers.media_type(sent) != b"application/json":
             raise UnsupportedMediaType("Content-Type must be application/json.")
         config, endpoint = self._services.config, self._endpoint
@@ -174,10 +174,11 @@ class Exchange:
             raw = await upload.read(config.max_json_body, config.timeout_read)
         request = rewrite.plan(endpoint, raw)
         self._model = request.model
-        route = self._services.backends.find(request.model)
+        route = self._services.backends.find(request.model, account.models)
         backend = route.backend
         continuous = backend.usage == "continuous"
-        body = rewrite.body_for(request, endpoint, model=backend.model, continuous=continuous)
+        name = backend.model or backend.name
+        body = rewrite.body_for(request, endpoint, model=name, continuous=continuous)
         meter = None
         if request.stream:
             meter = StreamMeter(
@@ -196,7 +197,7 @@ class Exchange:
             meter=meter,
         )
 
-    async def _admit_form(self, sent: Fields) -> Order:
+    async def _admit_form(self, sent: Fields, account: Account) -> Order:
         config = self._services.config
         boundary = audio.boundary_of(sent.get(b"content-type", b""))
         self._request.upload.refuse_over(config.client_max_size)
@@ -209,7 +210,7 @@ class Exchange:
             timeout_s=config.timeout_read,
         )
         self._model = await form.model()
-        route = self._services.backends.find(self._model)
+        route = self._services.backends.find(self._model, account.models)
         backend = route.backend
         form.start(backend.model or backend.name, backend.timeout or config.timeout_read)
 

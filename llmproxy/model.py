@@ -53,11 +53,15 @@ BILLED = frozenset({State.SETTLED, State.ESTIMATED})
 
 
 class Account(NamedTuple):
-    """Whom a key belongs to. `key_id` names the key's record, never the key itself."""
+    """Whom a key belongs to. `key_id` names the key's record, never the key itself.
+
+    `models`: those that it may ask for, by name or alias; None: all.
+    """
 
     key_id: str
     user_id: str | None = None
     expires: datetime | None = None  # None: never
+    models: frozenset[str] | None = None
 
 
 class Price(NamedTuple):

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import cast
 from urllib.parse import unquote_to_bytes
 
@@ -114,8 +115,8 @@ class ModelsResource(PathResource):
         down = Downstream(request, self._services.clock, self._services.config.timeout_read)
         try:
             key = key_sent(request, Dialect.ANTHROPIC)
-            await self._services.authenticator.authenticate(key, request.peer)
-            body = self._described(request.path)
+            account = await self._services.authenticator.authenticate(key, request.peer)
+            body = self._described(request.path, account.models)
         except ProxyError as error:
             request.log_refusal(error)
             down.answer(*error_answer(self.dialect, error))
@@ -127,20 +128,20 @@ class ModelsResource(PathResource):
         else:
             down.answer(200, [(b"Content-Type", b"application/json")], body)
 
-    def _described(self, path: bytes) -> bytes:
+    def _described(self, path: bytes, allowed: Collection[str] | None) -> bytes:
         backends = self._services.backends
         if path == MODELS:
-            listed = [self._model(backend) for backend in backends.all()]
+            listed = [self._model(*each) for each in backends.listed(allowed)]
             return orjson.dumps({"object": "list", "data": listed})
         try:
             name = unquote_to_bytes(path[len(MODELS) + 1 :]).decode()
         except UnicodeDecodeError:
             raise ModelNotFound("The model does not exist.", param="model") from None
-        return orjson.dumps(self._model(backends.find(name).backend))
+        return orjson.dumps(self._model(name, backends.find(name, allowed).backend))
 
-    def _model(self, backend: Backend) -> dict[str, object]:
+    def _model(self, name: str, backend: Backend) -> dict[str, object]:
         return {
-            "id": backend.name,
+            "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "llmproxy",

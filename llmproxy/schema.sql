@@ -10,6 +10,13 @@ CREATE TABLE IF NOT EXISTS api_key (
 );
 CREATE INDEX IF NOT EXISTS api_key_secret ON api_key(secret);
 
+-- The models that a key may ask for, by name or alias. A key without a row here may ask for all.
+CREATE TABLE IF NOT EXISTS key_model (
+	api_key TEXT NOT NULL, -- api_key.id
+	model TEXT NOT NULL,
+	PRIMARY KEY (api_key, model)
+) WITHOUT ROWID;
+
 CREATE TABLE IF NOT EXISTS event_oneoff (
 	id INTEGER PRIMARY KEY,
 	created TEXT,          -- when the request finished, UTC

@@ -61,6 +61,45 @@ def test_only_a_models_exact_name_finds_it(backends, name):
     assert (caught.value.status, caught.value.param) == (404, "model")
 
 
+def test_a_model_has_its_aliases_too(connect):
+    backends = Backends(connect)
+    backends.swap({"a": backend("a", aliases=("x", "y")), "b": B})
+    assert backends.find("x") is backends.find("a") is backends.find("y")
+    assert [(name, each.name) for name, each in backends.listed()] == [
+        ("a", "a"),
+        ("x", "a"),
+        ("y", "a"),
+        ("b", "b"),
+    ]
+    backends.swap({"a": A, "b": backend("b", aliases=("x",))})
+    assert backends.find("x") is backends.find("b")
+    with pytest.raises(ModelNotFound):
+        backends.find("y")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "names"),
+    [
+        (None, ["a", "x", "y", "b"]),
+        ({"a"}, ["a", "x", "y"]),
+        ({"x"}, ["x"]),
+        ({"b", "y"}, ["y", "b"]),
+        ({"other"}, []),
+        (set(), []),
+    ],
+)
+def test_who_may_ask_for_some_models_finds_and_sees_no_others(connect, allowed, names):
+    backends = Backends(connect)
+    backends.swap({"a": backend("a", aliases=("x", "y")), "b": B})
+    assert [name for name, _ in backends.listed(allowed)] == names
+    for name in ("a", "x", "y", "b"):
+        if name in names:
+            backends.find(name, allowed)
+        else:
+            with pytest.raises(ModelNotFound):
+                backends.find(name, allowed)
+
+
 def test_backends_are_listed_in_the_order_of_the_configuration(backends):
     assert list(backends.all()) == [A, B]
     backends.swap({"b": B, "a": A})

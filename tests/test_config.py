@@ -548,6 +548,25 @@ def test_the_shipped_example_of_a_backend_is_valid() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("aliases", "error"),
+    [
+        ({"a": ["b"]}, 'backends.a.aliases: "b" is a name of backends.b already'),
+        ({"a": ["x"], "b": ["x"]}, 'backends.b.aliases: "x" is a name of backends.a already'),
+        ({"a": ["a"]}, 'backends.a.aliases: "a" is a name of backends.a already'),
+        ({"a": ["x", "x"]}, 'backends.a.aliases: "x" is a name of backends.a already'),
+        ({"a": "x"}, "backends.a.aliases: expected a list of texts without control"),
+        ({"a": [" x"]}, "backends.a.aliases: expected a list of texts without control"),
+        ({"a": [1]}, "backends.a.aliases: expected a list of texts without control"),
+    ],
+)
+def test_a_name_has_one_owner(aliases: dict[str, Any], error: str) -> None:
+    backends = {name: BACKEND | {"aliases": aliases.get(name, [])} for name in ("a", "b")}
+    with pytest.raises(ConfigError) as caught:
+        config.parse({"backends": backends})
+    assert str(caught.value).startswith(error)
+
+
 def test_control_characters_do_not_get_into_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         config.parse({"port": "\x1b[2J\n\u202e", "a\nb\u202e": 1})

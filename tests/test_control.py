@@ -39,6 +39,7 @@ url = "https://gpu1:8000/v1/"
 token = "s3"
 device = "H100"
 model = "other/name"
+aliases = ["a", "b c"]
 verify_ssl = false
 ca_file = "ca.pem"
 timeout = 7

@@ -297,3 +297,25 @@ def test_the_sample_keys_are_listed_with_their_status(tool: Tool) -> None:
     connection.executescript((ROOT / "sample.sql").read_text())
     connection.close()
     assert [key["status"] for key in tool.json("user", "list")] == ["expired", "active", "active"]
+
+
+def models(tool: Tool) -> list[str | None]:
+    return [key["models"] for key in tool.json("user", "list")]
+
+
+def test_a_key_can_be_limited_to_models(tool: Tool) -> None:
+    tool.run("user", "create", "--model", "llama", "-m", "qwen", "-m", "llama")
+    tool.run("user", "create")
+    assert models(tool) == ["llama, qwen", None]
+    digits = tool.json("user", "list")[0]["hash"]
+    tool.run("user", "update", digits, "--model", "other")
+    assert models(tool) == ["other", None]
+    tool.run("user", "update", digits, "--all-models", "-m", "x", code=2)
+    tool.run("user", "update", digits, "--all-models")
+    assert models(tool) == [None, None]
+
+
+def test_the_limits_of_a_deleted_key_go_with_it(tool: Tool) -> None:
+    tool.run("user", "create", "--model", "llama")
+    tool.run("user", "delete", tool.json("user", "list")[0]["hash"])
+    assert tool.query("SELECT * FROM key_model") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from backend import (
 )
 from proxy import Answer, request_bytes, running_proxy
 from twisted.internet.defer import Deferred
+
+from llmproxy.storage.sqlite import connect
 
 CHAT = "/v1/chat/completions"
 MESSAGES = "/v1/messages"
@@ -626,6 +629,38 @@ async def test_models_are_listed_for_a_valid_key_only(tmp_path: Path) -> None:
         for path in ("/v1/models/org/other", "/v1/models/org%2Fother"):
             assert (await proxy.get(path)).json() == second
         assert (await proxy.get("/v1/models/none")).json()["error"]["code"] == "model_not_found"
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_alias_is_the_model_and_the_bill_has_its_name(tmp_path: Path) -> None:
+    async with ScriptedBackend([json_answer(200, COMPLETION)]) as backend:
+        named = {"chat": {"url": backend.url, "aliases": ["gpt-4o"]}}
+        async with running_proxy(tmp_path, named) as proxy:
+            assert (await proxy.post(CHAT, ASK | {"model": "gpt-4o"})).status == 200
+            assert backend.requests[0].json()["model"] == "chat"
+            assert proxy.bill() == {"chat/gpu/prompt": 3, "chat/gpu/completion": 2}
+            ids = [each["id"] for each in (await proxy.get("/v1/models")).json()["data"]]
+            assert ids == ["chat", "gpt-4o"]
+            assert (await proxy.get("/v1/models/gpt-4o")).json()["id"] == "gpt-4o"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_for_some_models_gets_and_sees_no_others(tmp_path: Path) -> None:
+    async with ScriptedBackend([json_answer(200, COMPLETION)]) as backend:
+        named = {name: {"url": backend.url} for name in ("chat", "other")}
+        async with running_proxy(tmp_path, named) as proxy:
+            with contextlib.closing(connect(proxy.database)) as connection:
+                connection.execute("INSERT INTO key_model VALUES ('id-token2', 'chat')")
+            assert (await proxy.post(CHAT, ASK)).status == 200
+            refused = await proxy.post(CHAT, ASK | {"model": "other"})
+            unknown = await proxy.post(CHAT, ASK | {"model": "none"})
+            assert refused.status == 404
+            assert refused.json() == unknown.json()  # it does not tell that there is one
+            assert (await proxy.get("/v1/models/other")).status == 404
+            ids = [each["id"] for each in (await proxy.get("/v1/models")).json()["data"]]
+            assert ids == ["chat"]
+            assert (await proxy.post(CHAT, ASK | {"model": "other"}, key="token3")).status == 200
+            assert len(backend.requests) == 2
 
 
 @pytest_twisted.ensureDeferred

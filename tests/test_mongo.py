@@ -214,6 +214,27 @@ async def test_a_key_is_valid_by_level_hash_and_date(server, document, valid) ->
     assert found == (Account("key-1", "u", document.get("date_expiry")) if valid else None)
 
 
+@pytest.mark.parametrize(
+    ("models", "allowed"),
+    [
+        (None, None),
+        (["a", "b"], {"a", "b"}),
+        ([], set()),
+        (["a", 7], {"a"}),
+        ("a", set()),
+        (7, set()),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_key_may_be_limited_to_models(server: Mongod, models: object, allowed: Any) -> None:
+    key = {"_id": "key-1", "access_level": "LLM", "secret": HASH, "models": models}
+    server.client().cgc.api_keys.insert_one(key)
+    async with opened(uri(server)) as store:
+        found = await store.accounts.find(HASH, NOW)
+    assert found is not None
+    assert found.models == allowed
+
+
 USER_IDS = [
     "user",
     "",

@@ -9,6 +9,7 @@ import secrets
 import sqlite3
 import sys
 import uuid
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -41,6 +42,7 @@ def add_parser(groups: Any) -> None:
     create = commands.add_parser("create", help="make a key; it is printed once, and not kept")
     create.add_argument("-e", "--expires", type=moment, metavar="TIME", help="ISO 8601, UTC")
     create.add_argument("-t", "--comment", help="whose it is, and what for")
+    _add_models(create)
     create.set_defaults(run=_on_sqlite(_create))
 
     listing = commands.add_parser("list", help="show the keys")
@@ -52,11 +54,23 @@ def add_parser(groups: Any) -> None:
     update.add_argument("prefix", type=_prefix, metavar="PREFIX", help="of the key's hash")
     update.add_argument("-e", "--expires", type=_end, metavar="TIME", help="ISO 8601, or never")
     update.add_argument("-t", "--comment")
+    _add_models(update)
+    update.add_argument("--all-models", action="store_true", help="end a limit to some models")
     update.set_defaults(run=_on_sqlite(_update))
 
     delete = commands.add_parser("delete", help="remove a key; its bills stay")
     delete.add_argument("prefix", type=_prefix, metavar="PREFIX", help="of the key's hash")
     delete.set_defaults(run=_on_sqlite(_delete))
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        metavar="NAME",
+        help="the only model that it may ask for, by name or alias; may be repeated",
+    )
 
 
 def _prefix(text: str) -> str:
@@ -92,10 +106,14 @@ def _stored(expires: datetime | str | None) -> str | None:
 def _create(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
     key = secrets.token_urlsafe(KEY_BYTES)
     secret = hashlib.sha256(key.encode()).hexdigest()
-    row = (str(uuid.uuid4()), secret, _stored(arguments.expires), arguments.comment)
-    connection.execute(
-        "INSERT INTO api_key (id, secret, type, expires, comment) VALUES (?, ?, 'LLM', ?, ?)", row
-    )
+    key_id = str(uuid.uuid4())
+    row = (key_id, secret, _stored(arguments.expires), arguments.comment)
+    with transaction(connection):
+        connection.execute(
+            "INSERT INTO api_key (id, secret, type, expires, comment) VALUES (?, ?, 'LLM', ?, ?)",
+            row,
+        )
+        _limit(connection, key_id, arguments.model or ())
     say(f"key {secret[:SHOWN_DIGITS]} made; {_end_in_words(arguments.expires)}")
     sys.stdout.write(f"{key}\n")
 
@@ -110,10 +128,10 @@ def _end_in_words(expires: datetime | str | None) -> str:
 def _list(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
     now, digits = utcnow(), SHOWN_DIGITS if arguments.format == "table" else 64
     rows = [
-        (secret[:digits], key_id, _status(expires, now), _shown(expires), comment)
-        for key_id, secret, expires, comment in _find(connection, arguments.prefix or "")
+        (secret[:digits], key_id, _status(expires, now), _shown(expires), models, comment)
+        for key_id, secret, expires, comment, models in _find(connection, arguments.prefix or "")
     ]
-    emit(("hash", "id", "status", "expires", "comment"), rows, arguments.format)
+    emit(("hash", "id", "status", "expires", "models", "comment"), rows, arguments.format)
 
 
 def _status(expires: object, now: datetime) -> str:
@@ -132,26 +150,42 @@ def _update(arguments: argparse.Namespace, connection: sqlite3.Connection) -> No
         changes["expires"] = _stored(arguments.expires)
     if arguments.comment is not None:
         changes["comment"] = arguments.comment
-    if not changes:
-        raise CommandError("nothing to change: give --expires or --comment", code=2)
+    limits = arguments.model is not None or arguments.all_models
+    if arguments.model and arguments.all_models:
+        raise CommandError("give either --model or --all-models", code=2)
+    if not (changes or limits):
+        raise CommandError("nothing to change: give --expires, --comment or --model", code=2)
     with transaction(connection):
         key_id, secret = _find_one(connection, arguments.prefix)
         for column, value in changes.items():
             connection.execute(f"UPDATE api_key SET {column} = ? WHERE id = ?", (value, key_id))
+        if limits:
+            _limit(connection, key_id, arguments.model or ())
     end = f"; {_end_in_words(arguments.expires)}" if "expires" in changes else ""
     say(f"key {secret[:SHOWN_DIGITS]} changed{end}")
+
+
+def _limit(connection: sqlite3.Connection, key_id: str, models: Iterable[str]) -> None:
+    """Let the key ask for these models and no others; for all, if there are none."""
+    connection.execute("DELETE FROM key_model WHERE api_key = ?", (key_id,))
+    connection.executemany(
+        "INSERT OR IGNORE INTO key_model (api_key, model) VALUES (?, ?)",
+        [(key_id, model) for model in models],
+    )
 
 
 def _delete(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
     with transaction(connection):
         key_id, secret = _find_one(connection, arguments.prefix)
         connection.execute("DELETE FROM api_key WHERE id = ?", (key_id,))
+        _limit(connection, key_id, ())
     say(f"key {secret[:SHOWN_DIGITS]} deleted; its id on bills was {key_id}")
 
 
 def _find(connection: sqlite3.Connection, prefix: str) -> list[Any]:
     return connection.execute(
-        "SELECT id, secret, expires, comment FROM api_key "
+        "SELECT id, secret, expires, comment, (SELECT group_concat(model, ', ') FROM key_model "
+        "WHERE key_model.api_key = api_key.id) FROM api_key "
         "WHERE type = 'LLM' AND secret IS NOT NULL AND substr(secret, 1, ?) = ? ORDER BY rowid",
         (len(prefix), prefix),
     ).fetchall()
@@ -164,5 +198,5 @@ def _find_one(connection: sqlite3.Connection, prefix: str) -> tuple[str, str]:
         raise CommandError(f"no key's hash begins with {prefix}")
     if len(found) > 1:
         raise CommandError(f"{len(found)} keys' hashes begin with {prefix}: give more digits")
-    key_id, secret, _, _ = found[0]
+    key_id, secret, *_ = found[0]
     return key_id, secret

@@ -99,6 +99,14 @@ def _end(date_expiry: Any) -> datetime | None:
     return date_expiry if isinstance(date_expiry, datetime) else None
 
 
+def _models(models: Any) -> frozenset[str] | None:
+    """The models that a key is limited to; what is no list of texts opens none."""
+    if models is None:
+        return None
+    listed = models if isinstance(models, list) else []
+    return frozenset(each for each in listed if isinstance(each, str))
+
+
 @implementer(IAccounts)
 class MongoAccounts:
     """Keys in `cgc.api_keys`."""
@@ -120,7 +128,7 @@ class MongoAccounts:
                 return None
             key = found[0]
             user_id, expires = text_value(key.get("user_id")), _end(key.get("date_expiry"))
-            return Account(str(key["_id"]), user_id, expires)
+            return Account(str(key["_id"]), user_id, expires, _models(key.get("models")))
         except (KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"find in {'.'.join(KEYS)}: a reply without a result") from error
 
@@ -130,7 +138,7 @@ class MongoAccounts:
         command: Document = {
             "find": collection,
             "filter": key_filter(secret_hash, now),
-            "projection": {"user_id": 1, "date_expiry": 1},
+            "projection": {"user_id": 1, "date_expiry": 1, "models": 1},
             "limit": 1,
             "singleBatch": True,
             "maxTimeMS": int(FIND_TIMEOUT_S * 1000),

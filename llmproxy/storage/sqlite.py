@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from collections.abc import Callable
@@ -27,6 +28,10 @@ BUSY_TIMEOUT_S = 1.0
 #: How long a start tries to get at a file that others keep locked, and how often.
 PREPARE_TIMEOUT_S = 3.0
 PREPARE_RETRY_S = 0.02
+
+FIND_KEY = """SELECT id, expires,
+    (SELECT json_group_array(model) FROM key_model WHERE key_model.api_key = api_key.id)
+    FROM api_key WHERE secret = ? AND type = 'LLM'"""
 
 
 def configure(connection: sqlite3.Connection) -> None:
@@ -211,18 +216,17 @@ class SQLiteAccounts:
 
     async def _find(self, secret_hash: str, now: datetime) -> Account | None:
         try:
-            rows = await self._pool.runQuery(
-                "SELECT id, expires FROM api_key WHERE secret = ? AND type = 'LLM'", (secret_hash,)
-            )
+            rows = await self._pool.runQuery(FIND_KEY, (secret_hash,))
         except sqlite3.Error as error:
             raise StorageError(f"key look-up: {error}") from error
-        for key_id, expires in rows:
+        for key_id, expires, models in rows:
             if key_id is None:
                 self.log.warn("keys: one has no id in api_key, and is refused")
                 continue
             valid_until = expiry_time(expires)
             if valid_until is None or valid_until > now:
-                return Account(key_id=key_id, expires=valid_until)
+                named = frozenset(json.loads(models))
+                return Account(key_id=key_id, expires=valid_until, models=named or None)
         return None
 
 
