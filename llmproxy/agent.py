@@ -6,11 +6,13 @@
 
 Strict where a mistake could mix up two answers (RFC 9112 sections 6.3 and 9.3): an answer with two
 lengths, with a length and chunks, or with bytes after its end is an error, and its connection is
-never used again. A request is never repeated: once a byte of it was written, its fate is unknown.
+never used again; nor is one whose answer another reader could take for longer or shorter. A request
+is never repeated: once a byte of it was written, its fate is unknown.
 """
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -35,10 +37,11 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from llmproxy.errors import BackendError
-from llmproxy.framing import Fields
+from llmproxy.framing import Fields, combined
 from llmproxy.headers import Lines
 
-#: Largest header of an answer.
+#: Largest header of an answer, and how much may come in a row of which nothing is its body: the
+#: extensions of chunks, and trailers.
 MAX_HEADER = 64 * 1024
 #: Idle connections are dropped before the servers do it (uvicorn: 5 s), because a request that
 #: meets a closing connection can't be repeated safely.
@@ -59,6 +62,9 @@ class CodedAnswer(BackendError):
 
 
 _WHOLE = Failure(ResponseDone())
+_VERSIONS = ("1.1", "1.0")
+# They have no body whatever their fields say (RFC 9112 section 6.3), which not everybody believes.
+_BODILESS = (204, 205, 304)
 _IDENTITY = (b"identity", b"")
 
 
@@ -143,6 +149,7 @@ class Connection(Protocol):
         self.wire: Any = None  # a TCP or TLS transport and producer
         self._busy = False
         self._closed = False
+        self._arrivals: select.poll | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -151,7 +158,7 @@ class Connection(Protocol):
         self.response: Response | None = None
         self._fields: list[tuple[bytes, bytes]] = []
         self._phrase = b""
-        self._header_bytes = 0
+        self._header_bytes = self._bare_bytes = 0
         self._framed = self._keep = self._held = False
         self._parts: list[bytes] = []
         self._body: IProtocol | None = None
@@ -167,6 +174,14 @@ class Connection(Protocol):
             wire.protocol = self
         if hasattr(wire, "setTcpNoDelay"):
             wire.setTcpNoDelay(True)
+        if hasattr(wire, "fileno"):
+            self._arrivals = select.poll()
+            self._arrivals.register(wire.fileno(), select.POLLIN)
+
+    def is_quiet(self) -> bool:
+        """Nothing has come since its last answer, though it may not have been read yet: it would be
+        taken for the next one, and the connection's end for the next request's."""
+        return self._arrivals is None or not self._arrivals.poll(0)
 
     # -- the request -------------------------------------------------------------------------
 
@@ -228,20 +243,33 @@ class Connection(Protocol):
         self._phrase += phrase
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A field."""
-        self._fields.append((name, value))
+        """A field of the header; those behind the body (trailers) are of no interest."""
+        if self.response is None:
+            self._fields.append((name, value))
+        else:
+            self._keep = False  # llhttp takes one that speaks of framing for the next answer's
 
     def on_headers_complete(self) -> None:
         """The header is complete; that of an interim answer (1xx) is of no interest."""
-        code = self._parser.get_status_code()
+        parser, fields = self._parser, combined(self._fields)
+        code, version = parser.get_status_code(), parser.get_http_version()
+        self._framed = b"content-length" in fields or b"transfer-encoding" in fields
+        self._check(code, version, fields)
         if code >= 200:
-            fields: Fields = {}
-            for name, value in self._fields:
-                fields.setdefault(name.lower(), value.strip(b" \t"))
-            self._framed = b"content-length" in fields or b"transfer-encoding" in fields
-            self._keep = self._parser.should_keep_alive()
+            # HTTP/1.0 knows no chunks, whose ends its readers would not agree on.
+            in_doubt = version == "1.0" or code in _BODILESS
+            self._keep = parser.should_keep_alive() and not in_doubt
             self.response = Response(self, code, self._phrase, fields)
         self._fields, self._phrase = [], b""
+
+    def _check(self, code: int, version: str, fields: Fields) -> None:
+        """Raises BadAnswer for what llhttp lets through, and others could read in another way."""
+        if version not in _VERSIONS:
+            raise BadAnswer("not HTTP/1.1")
+        if code < 200 and (code < 100 or self._framed):
+            raise BadAnswer("an interim answer with a body")
+        if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            raise BadAnswer("a transfer coding that was not asked for")
 
     def on_body(self, data: bytes) -> None:
         """A part of the body, without its framing."""
@@ -265,6 +293,9 @@ class Connection(Protocol):
             self._head_goes_on(data)
         else:
             self._feed(data)
+            self._bare_bytes = 0 if self._parts else self._bare_bytes + len(data)
+            if self._bare_bytes > MAX_HEADER:
+                self._break(Failure(BadAnswer("too much that is no body")))
             self._hand_over()
 
     def _feed(self, data: bytes) -> None:
@@ -274,6 +305,11 @@ class Connection(Protocol):
             self._break(Failure(BadAnswer(str(error))))
 
     def _head_goes_on(self, data: bytes) -> None:
+        if (
+            not self._header_bytes and data[:1] != b"H"
+        ):  # llhttp takes empty lines, RTSP and ICE too
+            self._break(Failure(BadAnswer("not HTTP")))
+            return
         self._header_bytes += len(data)
         self._feed(data)
         response = self.response
@@ -506,8 +542,11 @@ class BackendAgent:
 
     def _take(self) -> Connection | None:
         """The connection that was used last: the others may grow old and go."""
-        if self._idle and self._clock.seconds() - self._idle[-1].idle_since < IDLE_S:
-            return self._idle.pop()
+        while self._idle and self._clock.seconds() - self._idle[-1].idle_since < IDLE_S:
+            connection = self._idle.pop()
+            if connection.is_quiet():
+                return connection
+            connection.abort()
         return None
 
     def put_back(self, connection: Connection) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from llmproxy.agent import IDLE_S, MAX_HEADER, BackendAgent, BytesBody, Connection
+from llmproxy.agent import IDLE_S, MAX_HEADER, BackendAgent, BytesBody, CodedAnswer, Connection
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nabc"
 
@@ -44,12 +45,15 @@ class Endpoint:
         self.wires: list[Wire] = []
         self.connections: list[Connection] = []
         self.error: Exception | None = None
+        self.fileno: Callable[[], int] | None = None
 
     def connect(self, factory: Factory) -> Deferred[Any]:
         if self.error is not None:
             raise self.error
         connection: Any = factory.buildProtocol(None)
-        wire = Wire()
+        wire: Any = Wire()
+        if self.fileno is not None:
+            wire.fileno = self.fileno
         self.wires.append(wire)
         self.connections.append(connection)
         connection.makeConnection(wire)
@@ -189,8 +193,12 @@ def test_a_connection_that_was_held_up_at_its_end_serves_again(rig: Rig) -> None
         OK + OK,
         OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
         OK.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        OK.replace(b"1.1 200 OK", b"1.0 200 OK\r\nConnection: keep-alive"),
+        OK.replace(b"200", b"205"),
+        b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"3\r\nabc\r\n0\r\n\r\n",
     ],
-    ids=["bytes after it", "another answer", "close", "1.0"],
+    ids=["bytes after it", "another answer", "close", "1.0", "1.0 kept", "205", "1.0 in chunks"],
 )
 def test_an_answer_that_leaves_doubt_is_given_but_its_connection_goes(
     rig: Rig, answer: bytes
@@ -200,6 +208,13 @@ def test_an_answer_that_leaves_doubt_is_given_but_its_connection_goes(
     assert rig.endpoint.wires[0].gone
     rig.ask()
     assert len(rig.endpoint.wires) == 2
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+def test_a_length_without_a_body_leaves_no_connection(rig: Rig, status: bytes) -> None:
+    body = rig.answered(OK.replace(b"200 OK", status)[:-3])
+    assert (body.data, body.ends) == (b"", [ResponseDone])
+    assert rig.endpoint.wires[0].gone
 
 
 @pytest.mark.parametrize(
@@ -214,14 +229,78 @@ def test_an_answer_that_leaves_doubt_is_given_but_its_connection_goes(
         b"X: a\r\n b\r\n",
         b"no colon\r\n",
         b"X: " + b"a" * MAX_HEADER,
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: chunked, chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        b"Transfer-Encoding: identity\r\n",
+        b"Transfer-Encoding: xchunked\r\n",
+        b"Content-Length: 3\r\nContent-Encoding: identity\r\nContent-Encoding: gzip\r\n",
     ],
 )
 def test_a_header_that_is_malformed_is_no_answer(rig: Rig, head: bytes) -> None:
     answers = rig.ask()
     rig.receive(b"HTTP/1.1 200 OK\r\n" + head + b"\r\nabc")
     [error] = answers
-    assert isinstance(error, ResponseNeverReceived)
+    assert isinstance(error, ResponseNeverReceived | CodedAnswer)
     assert rig.endpoint.wires[0].gone
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\r\n" + OK,
+        *(OK.replace(b"HTTP/1.1", other) for other in (b"HTTP/0.9", b"HTTP/2.0", b"RTSP/1.1")),
+        OK.replace(b"HTTP/1.1", b"ICE/1.1"),
+        OK.replace(b"200", b"099") + OK,
+        OK.replace(b"200", b"100") + OK,
+        OK.replace(b"200", b"103")[:-3] + OK,
+        b"HTTP/1.1 100 Continue\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + OK,
+    ],
+    ids=["empty line", "0.9", "2.0", "RTSP", "ICE", "099", "100", "103", "100 in chunks"],
+)
+def test_what_is_not_quite_http_is_no_answer(rig: Rig, data: bytes) -> None:
+    answers = rig.ask()
+    rig.receive(data)
+    assert [type(answer) for answer in answers] == [ResponseNeverReceived]
+    assert rig.endpoint.wires[0].gone
+
+
+CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+
+
+@pytest.mark.parametrize("trailer", [b"X-Usage: 1", b"Transfer-Encoding: gzip"])
+def test_trailers_are_dropped_and_leave_no_connection(rig: Rig, trailer: bytes) -> None:
+    body = rig.answered(CHUNKS + b"0\r\n", trailer + b"\r\n\r\n")
+    assert (body.data, body.ends) == (b"abc", [ResponseDone])
+    assert rig.endpoint.wires[0].gone
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece"),
+    [
+        (b"0\r\n", b"X: " + b"a" * 1000 + b"\r\n"),
+        (b"0\r\nX: ", b"a" * 1000),
+        (b"3;a=", b"a" * 1000),
+    ],
+    ids=["trailers", "a trailer", "an extension"],
+)
+def test_what_is_no_body_and_never_ends_is_cut(rig: Rig, begin: bytes, piece: bytes) -> None:
+    body = rig.answered(CHUNKS, begin)
+    pieces = MAX_HEADER // len(piece) + 1
+    rig.receive(*[piece] * (pieces - 2))
+    assert not rig.endpoint.wires[0].gone
+    rig.receive(piece, piece)
+    assert body.ends == [ResponseFailed]
+    assert rig.endpoint.wires[0].gone
+
+
+def test_chunks_that_come_in_pieces_may_have_any_number_of_extensions(rig: Rig) -> None:
+    body = rig.answered(CHUNKS)
+    extension = b"1;a=" + b"a" * (MAX_HEADER - 100)
+    for _ in range(3):
+        rig.receive(extension, b"\r\n", b"d", b"\r\n")
+    rig.receive(b"0\r\n\r\n")
+    assert (body.data, body.ends) == (b"abcddd", [ResponseDone])
 
 
 def test_broken_chunks_break_the_body(rig: Rig) -> None:
@@ -258,6 +337,24 @@ def test_an_idle_connection_that_speaks_is_closed(rig: Rig) -> None:
     assert rig.endpoint.wires[0].gone
     rig.ask()
     assert len(rig.endpoint.wires) == 2
+
+
+@pytest.mark.parametrize("come", [OK, b""], ids=["an answer", "the end"])
+def test_an_idle_connection_is_not_used_when_something_has_come_that_was_not_read_yet(
+    rig: Rig, come: bytes
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        rig.endpoint.fileno = ours.fileno
+        for _ in range(2):
+            rig.answered(OK)
+        assert len(rig.endpoint.wires) == 1
+        if come:
+            theirs.send(come)
+        else:
+            theirs.shutdown(socket.SHUT_WR)
+        rig.ask()
+        assert [wire.gone for wire in rig.endpoint.wires] == [True, False]
 
 
 def test_an_idle_connection_that_was_closed_is_not_used(rig: Rig) -> None:
