@@ -20,6 +20,8 @@ CONTEXT_PHRASES = (
 )
 #: Refusals that speak of our credentials, not of the client's.
 OUR_CREDENTIALS = (401, 403)
+#: A shorter token is a placeholder (`none`, `EMPTY`) and no secret: it may stand in any text.
+MIN_SECRET = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,15 @@ class Answer:
     fields: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
-def refusal(status: int, body: bytes, fields: list[tuple[bytes, bytes]]) -> Answer | ProxyError:
+def refusal(
+    status: int, body: bytes, fields: list[tuple[bytes, bytes]], token: str | None = None
+) -> Answer | ProxyError:
     """What the client is told when a backend answered with `status`, which is not 200.
 
-    fields: the header fields that may go on to the client.
+    fields: the header fields that may go on to the client. token: ours for this backend.
     """
-    if 400 <= status < 500 and status not in OUR_CREDENTIALS:
+    ours = status in OUR_CREDENTIALS or _quotes(body, token)
+    if 400 <= status < 500 and not ours:
         return Answer(status, body, fields)
     if status >= 500 and any(phrase in body.lower() for phrase in CONTEXT_PHRASES):
         return BadRequest(
@@ -45,3 +50,8 @@ def refusal(status: int, body: bytes, fields: list[tuple[bytes, bytes]]) -> Answ
             param="messages",
         )
     return BackendError("The model's server failed to answer.")
+
+
+def _quotes(body: bytes, token: str | None) -> bool:
+    """Some servers tell in an error what they were sent, with its header."""
+    return token is not None and len(token) >= MIN_SECRET and token.encode() in body

@@ -10,10 +10,8 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
-import orjson
-
 from llmproxy.errors import BackendError, BadRequest, BodyTooLarge, UnsupportedMediaType
-from llmproxy.jsonbytes import InvalidJSON, parse_object
+from llmproxy.jsonbytes import InvalidJSON, parse_object, replace
 from llmproxy.model import MAX_COUNT, Kind, Reading
 from llmproxy.usage import raw_text
 
@@ -31,6 +29,7 @@ _READ = frozenset(["model", "response_format", "stream"])
 _JSON = b"application/json"
 _PLAIN = b"text/plain; charset=utf-8"  # OpenAI's for text, srt and vtt
 
+_ARROW = re.compile("--+>")
 _NUMBER = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,40})?(?:[eE][-+]?[0-9]{1,3})?")
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _MULTIPART = re.compile(rb"[ \t]*multipart/form-data[ \t]*(?=;|$)", re.IGNORECASE)
@@ -362,8 +361,9 @@ def convert(body: bytes, response_format: str | None) -> tuple[bytes, bytes]:
     if not isinstance(text, str):
         raise _unusable()
     if response_format in (None, "json"):
-        kept = {"text": text} | {key: answer[key] for key in ("usage",) if key in answer}
-        return _JSON, orjson.dumps(kept)
+        # As bytes: what orjson has read may be nested deeper than it writes.
+        others = [key for key in answer if key not in ("text", "usage")]
+        return _JSON, replace(body, dict.fromkeys(others))
     if response_format == "text":
         return _PLAIN, text.encode() + b"\n"
     cues = _cues(answer, text)
@@ -391,7 +391,7 @@ def _cue(number: int, segment: object) -> tuple[int, int, int, str]:
         raise _unusable()
     start, end = _milliseconds(segment.get("start")), _milliseconds(segment.get("end"))
     # The arrow and empty lines would end a subtitle early (WebVTT section 4.1).
-    lines = [line.strip() for line in segment["text"].replace("-->", "->").splitlines()]
+    lines = [line.strip() for line in _ARROW.sub("->", segment["text"]).splitlines()]
     return number, start, end, "\n".join(line for line in lines if line)
 
 

@@ -229,7 +229,8 @@ class Forward:
     async def _refused(self, response: Response) -> Ending:
         end = await self._read(response, self._collect_up_to(MAX_REFUSAL)).ended
         body = b"".join(self._parts) if end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED) else b""
-        last = refusal(response.code, body, headers.for_client(response.fields))
+        token = self._order.route.backend.token
+        last = refusal(response.code, body, headers.for_client(response.fields), token)
         # 2xx may have been a result that we can't read; anything else is none.
         reading = Reading() if response.code < 300 else NOTHING
         return Ending(Outcome.REFUSED, reading, last, response.code)

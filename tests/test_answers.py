@@ -23,6 +23,17 @@ def test_a_refusal_of_our_own_credentials_is_masked(status):
     assert told.status == 502
 
 
+@pytest.mark.parametrize("status", [400, 422, 429])
+def test_a_refusal_that_quotes_our_token_is_masked(status):
+    quoting = b'{"error":"no: Authorization: Bearer our-own-secret"}'
+    assert isinstance(refusal(status, quoting, [], "our-own-secret"), BackendError)
+    assert isinstance(refusal(status, b'{"error":"no"}', [], "our-own-secret"), Answer)
+
+
+def test_a_placeholder_for_a_token_may_stand_in_a_refusal():
+    assert isinstance(refusal(400, b'{"error":null,"code":"none"}', [], "none"), Answer)
+
+
 @pytest.mark.parametrize(
     "status", [100, 201, 202, 204, 206, 226, 300, 301, 302, 307, 308, 500, 502, 503, 529, 599]
 )

@@ -433,6 +433,18 @@ def test_usage_stays_in_a_json_answer():
     assert convert(body, "json")[1] == b'{"text":"a","usage":{"type":"duration","seconds":1}}'
 
 
+def test_what_is_nested_deeper_than_can_be_written_stays_in_a_json_answer():
+    deep = b'{"a":' * 400 + b"1" + b"}" * 400
+    body = b'{"text":"a","duration":1,"usage":' + deep + b"}"
+    assert convert(body, "json")[1] == b'{"text":"a","usage":' + deep + b"}"
+
+
+@pytest.mark.parametrize("text", ["-->", "--->", "----->", "a --->> b", "-- > --> ->"])
+def test_no_text_has_the_arrow_that_begins_a_subtitle(text):
+    body = orjson.dumps({"text": "a", "segments": [{"start": 0, "end": 1, "text": text}]})
+    assert convert(body, "vtt")[1].count(b"-->") == 1
+
+
 def test_without_segments_the_text_is_one_subtitle():
     body = b'{"text":"a","duration":"1.5"}'
     assert convert(body, "srt")[1] == b"1\n00:00:00,000 --> 00:00:01,500\na\n\n"
