@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes"
 #: The oldest minor version that knows all fields: `sleep` as a hook is on by default since 1.30.
 VERSION = "1.30"
 
-# What the Prometheus operator's own schema says of the fields that we use (monitoring.coreos.com/v1).
+# What the Prometheus operator's schema (monitoring.coreos.com/v1) says of the fields that we use.
 SERVICE_MONITOR = {
     "type": "object",
     "required": ["apiVersion", "kind", "metadata", "spec"],
@@ -66,10 +66,8 @@ SERVICE_MONITOR = {
 def documents() -> Iterator[tuple[str, Any]]:
     for path in sorted(FOLDER.glob("*.yaml")):
         for document in yaml.safe_load_all(path.read_text()):
-            yield (
-                f"{path.name} {document['kind']} {document.get('metadata', {}).get('name')}",
-                document,
-            )
+            named = document.get("metadata", {}).get("name")
+            yield f"{path.name} {document['kind']} {named}", document
 
 
 DOCUMENTS = dict(documents())
