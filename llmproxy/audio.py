@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
+from llmproxy import policy
 from llmproxy.errors import BackendError, BadRequest, BodyTooLarge, UnsupportedMediaType
 from llmproxy.jsonbytes import InvalidJSON, parse_object, replace
 from llmproxy.model import MAX_COUNT, Kind, Reading
@@ -217,6 +218,7 @@ class FormRewriter:
         return True
 
     def _check_name(self, is_file: bool) -> None:
+        policy.check_name(self._name, policy.REFUSED_IN_FORMS)
         if self._name in _READ and is_file:
             raise BadRequest(f"{self._name!r} must not be a file.", param=self._name)
         if self._name in _READ or self._name == "file":

@@ -278,6 +278,10 @@ class Backend:
     on_disconnect: Annotated[str, _one_of("drain", "cancel")] = "drain"
     drain_timeout: Annotated[float, TIMEOUT] = 300.0
     drain_max_tokens: Annotated[int, SIZE] = 32_768
+    media_urls: Annotated[bool, BOOLEAN] = False
+    max_choices: Annotated[int, SIZE] = 128
+    max_batch: Annotated[int, SIZE] = 2048
+    max_tokens: Annotated[int | None, SIZE] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
 
-from llmproxy import audio, dialects, headers, rewrite
+from llmproxy import audio, dialects, headers, policy, rewrite
 from llmproxy.agent import BytesBody
 from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
@@ -176,6 +176,7 @@ class Exchange:
         self._model = request.model
         route = self._services.backends.find(request.model, account.models)
         backend = route.backend
+        policy.check(endpoint, request.body, backend)
         continuous = backend.usage == "continuous"
         name = backend.model or backend.name
         body = rewrite.body_for(request, endpoint, model=name, continuous=continuous)

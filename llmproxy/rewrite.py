@@ -6,11 +6,12 @@ that a backend could read in another way than we did is refused, not repaired.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
 
+from llmproxy import policy
 from llmproxy.endpoints import Endpoint, Shape
 from llmproxy.errors import BadRequest
 from llmproxy.jsonbytes import (
@@ -29,7 +30,7 @@ MAX_MODEL = 256
 
 # Fields that decide on routing and metering. Servers written in Go (Ollama) take `Model` for
 # `model`: with the wrong case these are refused, or the bill would be for another model.
-_OURS = frozenset(["model", "stream", "stream_options", "background", "store"])
+_OURS = policy.NAMES | {"model", "stream", "stream_options", "background", "store"}
 _OPTIONS = frozenset(["include_usage", "continuous_usage_stats"])
 # What the options are where the client has none; many have just the first.
 _LAST_COUNT = b'{"include_usage":true}'
@@ -41,12 +42,14 @@ _CHAT, _RESPONSES = Shape.CHAT, Shape.RESPONSES
 class JSONRequest(NamedTuple):
     """A request's body, understood.
 
+    `body`: its members.
     `show_usage`, `show_continuous`: the client asked for the usage chunk, for running counts.
     `several`: it may ask for several answers, whose running counts are not those of the whole.
     `members`: where its members are, if one that could have to be replaced is among them.
     """
 
     raw: bytes
+    body: Mapping[str, Any]
     model: str
     stream: bool = False
     show_usage: bool = False
@@ -73,11 +76,12 @@ def plan(endpoint: Endpoint, raw: bytes) -> JSONRequest:
         raise BadRequest("'background' is not supported here.", param="background")
     return JSONRequest(
         raw,
+        body,
         _model(body),
         stream,
         show_usage,
         show_usage and options.get("continuous_usage_stats") is True,
-        _several(body),
+        policy.choices(body) > 1,
         found,
     )
 
@@ -161,10 +165,3 @@ def _value(raw: bytes, found: Sequence[Member], key: str) -> bytes:
         if member.key == key:
             return raw[member.value_start : member.value_end]
     return b""
-
-
-def _several(body: dict[str, Any]) -> bool:
-    if body.get("n") not in (None, 1) or body.get("best_of") not in (None, 1):
-        return True
-    prompt = body.get("prompt")
-    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)

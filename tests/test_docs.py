@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmproxy import config, reactor, site
+from llmproxy import config, policy, reactor, site
 from llmproxy.billing import settlement
 from llmproxy.ctl import make_parser
 from llmproxy.endpoints import ENDPOINTS
@@ -130,6 +130,16 @@ def test_every_variable_is_documented() -> None:
         site.VARIABLE,
         reactor.VARIABLE,
     }
+
+
+# What requests may ask for
+
+
+def test_every_field_that_no_backend_gets_is_documented_and_no_other() -> None:
+    within = {"vllm_xargs", "chat_template_kwargs", "tokenize"}
+    within |= {"encoding_format", "bytes", "bytes_only"}
+    listed = documented("What requests may ask for").keys()
+    assert listed - within == policy.REFUSED_IN_FORMS.keys()
 
 
 # Metrics
