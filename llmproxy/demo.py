@@ -112,7 +112,7 @@ def _form(content_type: str, body: bytes) -> tuple[dict[str, str], bytes]:
                 fields[part.name] = part.value
             elif part.name == "file":
                 audio = part.raw
-    except MultipartError as error:
+    except (MultipartError, UnicodeDecodeError) as error:
         raise Refusal(400, "The form could not be parsed.") from error
     return fields, audio
 
