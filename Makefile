@@ -10,7 +10,7 @@ CLIENT_SIDE = $(addprefix tests/test_,$(addsuffix .py,site downstream exchange f
   backpressure auth audio clients))
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint check faults hostile openapi clean
+.PHONY: run test lint check faults hostile openapi lock audit clean
 
 run: $(VENV)/installed
 	$(BIN)/python -m llmproxy --demo
@@ -52,6 +52,21 @@ mongod: $(VENV)/installed-dev
 	  echo "make test: the MongoDB server for tests needs libcurl4: apt-get install libcurl4" >&2; exit 1; }
 	$(BIN)/python tests/mongod.py --fetch
 
+# What the container installs, with hashes; for the Dockerfile's Python, whichever runs this. What is
+# locked stays where it can: `make lock UPGRADE=--upgrade` takes the newest of all.
+UPGRADE ?=
+LOCK = deploy/requirements.lock
+lock: $(VENV)/installed-lock
+	$(BIN)/uv pip compile pyproject.toml $(UPGRADE) --quiet --generate-hashes --no-annotate \
+	  --custom-compile-command 'make lock' --only-binary :all: --python-platform linux \
+	  --python-version "$$(sed -n 's/^FROM python:\([0-9.]*\).* AS build$$/\1/p' Dockerfile)" -o $(LOCK)
+
+# Known holes in what is locked. It asks PyPI for its advisories, so CI does not depend on it.
+audit: $(VENV)/installed-lock
+	@$(BIN)/pip-audit --strict --disable-pip --require-hashes -r $(LOCK) || { \
+	  echo "make audit: not clean. Either holes are listed above, or PyPI's advisories could not be" \
+	    "had from here ('could not be audited', or an error): then nothing is known." >&2; exit 1; }
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "llmproxy needs Python 3.11 or later: make PYTHON=python3.11" >&2; exit 1; }
@@ -65,6 +80,10 @@ $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 $(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-lock: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lock]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) bench/.venv bench/build bench/results build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

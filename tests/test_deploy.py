@@ -10,12 +10,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import dockerfile
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ports import free_port
 from server_process import get_status, running
 
@@ -107,10 +110,44 @@ def test_the_context_of_the_image_has_what_is_copied():
     assert copied == allowed
 
 
+# What the image installs
+
+LOCK = (DEPLOY / "requirements.lock").read_text()
+LOCKED = dict(re.findall(r"(?m)^([a-z0-9-]+)==(\S+)", LOCK))
+
+
 def test_the_lock_names_no_host():
-    lines = (DEPLOY / "requirements.lock").read_text().splitlines()
     # Nothing but packages and their hashes: no option, no address.
-    assert all(re.match(r"#|[a-z0-9-]+==[\w.]+ \\$|    --hash=sha256:", line) for line in lines)
+    line = r"#|[a-z0-9-]+==[\w.]+ \\$|    --hash=sha256:"
+    assert all(re.match(line, each) for each in LOCK.splitlines())
+
+
+def test_the_lock_has_hashes_of_each_package():
+    packages = re.split(r"(?m)^(?=[a-z0-9])", LOCK)[1:]
+    assert len(packages) == len(LOCKED) > 20
+    for package in packages:
+        _, *hashes = package.rstrip().split(" \\\n")
+        assert hashes
+        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", each) for each in hashes)
+
+
+def test_the_lock_has_what_the_project_requires():
+    # After a change there: make lock
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        version = LOCKED[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
+
+
+def test_the_lock_is_made_for_the_python_of_the_image():
+    made = subprocess.run(
+        ["make", "--dry-run", "lock"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    [script] = re.findall(r'--python-version "\$\((.*)\)"', made.stdout)
+    version = subprocess.run(
+        ["/bin/sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {stage.base for stage in STAGES} == {f"python:{version.stdout.strip()}-slim"}
 
 
 # systemd
