@@ -132,7 +132,8 @@ class Authenticator:
         return None
 
     def _is_within(self, seconds: float, since: float) -> bool:
-        """False too if the system's clock was set back: then nobody knows how long it has been."""
+        """False too if the clock was set back, as that of other reactors than ours can be: then
+        nobody knows how long it has been."""
         return 0 <= self._clock.seconds() - since < seconds
 
     async def _ask(self, secret_hash: str, peer: IAddress | None) -> _Known | Unavailable:

@@ -71,6 +71,9 @@ COMMIT_BUCKETS = (
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 
+# Around what a client notices; what should not be is from 50 ms on.
+LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
 
 class Count:
     """One number that only grows."""
@@ -411,6 +414,17 @@ class Metrics:
         self._active = _Gauges(
             registry, "llmproxy_active_requests", "Requests of clients in flight."
         ).cell()
+        #: Takes by how much a beat of `Heartbeat` was late.
+        self.loop_lag = (
+            _Histograms(
+                registry,
+                "llmproxy_loop_lag_seconds",
+                "How late the process came to something that was due: then all clients wait.",
+                LAG_BUCKETS,
+            )
+            .cell()
+            .observe
+        )
         refused = _Counters(
             registry,
             "llmproxy_limited_requests",

@@ -26,6 +26,7 @@ from llmproxy.config import Backend, Config, KeyLimits
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
 from llmproxy.health import HealthChecks, agent_fetch
+from llmproxy.heartbeat import Heartbeat
 from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
 from llmproxy.prices import PriceList
@@ -97,6 +98,7 @@ class Proxy(logs.LoggingService):
         self.backends.swap(self.config.backends)
         self._services = services = self._make_services()
         services.checkpoints.setServiceParent(self)
+        Heartbeat(self._reactor, self.metrics.loop_lag).setServiceParent(self)
         self._health = health_checks(self.backends, self._reactor, self.metrics)
         self._check_backends()
         await self._listen(services)

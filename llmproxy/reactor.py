@@ -1,9 +1,12 @@
 """A reactor for many small messages: Twisted's own on epoll, with the costs per message taken out.
 
-Two things differ. Bytes are sent where they are written, and only what the socket does not take
-waits for epoll to say that it will: Twisted registers for writing, and sends in the next round,
-which takes two more system calls for each message. And what is ready is read without a logging
+Two things differ in that. Bytes are sent where they are written, and only what the socket does not
+take waits for epoll to say that it will: Twisted registers for writing, and sends in the next
+round, which takes two more system calls for each message. And what is ready is read without a logging
 context of its own around each read. Together they are half of what a message costs there.
+
+And its time is one that nobody can set: a system clock that leaps by a day would make all timeouts
+due at once, or none of them for a day.
 
 Everything else is Twisted's: `twistd --reactor=llmproxy` has it, and so has `python -m llmproxy`.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from select import EPOLLIN
 from typing import Any, cast
 
@@ -143,6 +147,9 @@ class _Transports:
 class Reactor(_Transports, EPollReactor):
     """The reactor."""
 
+    #: See `IReactorTime.seconds`; but since some moment, and not since 1970.
+    seconds = staticmethod(time.monotonic)
+
     def doPoll(self, timeout: float | None) -> None:
         """Wait for what is ready, and serve it."""
         selectables = self._selectables
@@ -175,6 +182,8 @@ def _listening(port: Any) -> IListeningPort:
 
 class UvloopReactor(_Transports, AsyncioSelectorReactor):
     """The same connections on uvloop's event loop."""
+
+    seconds = staticmethod(time.monotonic)
 
 
 def install() -> None:

@@ -11,6 +11,7 @@ through.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -371,7 +372,7 @@ class Site(server.Site):
 
         Date: RFC 9110 section 6.6.1.
         """
-        now = int(self.clock.seconds())
+        now = int(time.time())
         if now != self._dated:
             self._dated, self._preamble = (
                 now,

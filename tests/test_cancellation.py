@@ -147,7 +147,7 @@ class SlowLedger:
     def __init__(self, gate: Gate, clock: Clock, store: MemoryStore) -> None:
         self._gate = gate
         owners: Any = type("Owners", (), {"me": "me", "is_dead": staticmethod(lambda owner: False)})
-        self._ledger = MemoryLedger(store, clock, owners, bills_here=True)
+        self._ledger = MemoryLedger(store, owners, bills_here=True)
         self.settled: list[str] = []
 
     def know(self, prices: Iterable[Price]) -> Deferred[None]:

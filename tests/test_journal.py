@@ -861,7 +861,7 @@ def test_a_long_backlog_is_not_counted_to_its_end(
     outbox: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "COUNTED_BACKLOG", 2)
-    outbox.clock.advance(FINISHED.timestamp() + 60)
+    monkeypatch.setattr(journal, "utcnow", lambda: FINISHED + timedelta(seconds=60))
     for rid in ("r1", "r2", "r3"):
         outbox.ledger.open(entry(rid))
         outbox.ledger.settle(entry(rid), settled())
@@ -874,8 +874,8 @@ def test_no_statement_of_the_ledger_reads_the_rows_of_years(books: Books, statem
     assert all("ledger" not in step or "INDEX" in step for *_, step in explained), explained
 
 
-def test_what_is_delivered_waits_no_more(outbox: Books) -> None:
-    outbox.clock.advance(FINISHED.timestamp() + 60)
+def test_what_is_delivered_waits_no_more(outbox: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "utcnow", lambda: FINISHED + timedelta(seconds=60))
     for rid in ("r1", "r2"):
         outbox.ledger.open(entry(rid))
         outbox.ledger.settle(entry(rid), settled())

@@ -70,7 +70,7 @@ class MemoryBox:
 
     def ledger(self, owner: str = "me", *, bills_here: bool = True) -> Ledger:
         owners = FakeOwners(owner, self._dead)
-        return MemoryLedger(self._store, reactor, owners, bills_here=bills_here)
+        return MemoryLedger(self._store, owners, bills_here=bills_here)
 
     def die(self, owner: str) -> None:
         self._dead.add(owner)

@@ -551,8 +551,8 @@ class SQLiteLedger:
 
         def read(connection: sqlite3.Connection) -> None:
             waiting, oldest = connection.execute(BACKLOG, (COUNTED_BACKLOG,)).fetchone()
-            age = self._clock.seconds() - from_text(oldest).timestamp() if oldest else 0.0
-            found[:] = [(waiting, max(age, 0.0))]
+            age_s = (utcnow() - from_text(oldest)).total_seconds() if oldest else 0.0
+            found[:] = [(waiting, max(age_s, 0.0))]
 
         return self.writer.write(read).addCallback(lambda _: found[0])
 

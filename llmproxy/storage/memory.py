@@ -12,7 +12,6 @@ from datetime import datetime
 from typing import Protocol
 
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
 from llmproxy.model import Account, Counts, Entry, Event, Price, Settlement, State, events, utcnow
@@ -83,11 +82,8 @@ class MemoryAccounts:
 class MemoryLedger:
     """Rows in a `MemoryStore`. `bills_here`: their events are put on the store's bill too."""
 
-    def __init__(
-        self, store: MemoryStore, clock: IReactorTime, owners: Living, *, bills_here: bool
-    ) -> None:
+    def __init__(self, store: MemoryStore, owners: Living, *, bills_here: bool) -> None:
         self._store = store
-        self._clock = clock
         self._owners = owners
         self._bills_here = bills_here
 
@@ -152,8 +148,8 @@ class MemoryLedger:
         waiting = self._waiting()
         if not waiting:
             return succeed((0, 0.0))
-        age = self._clock.seconds() - _finished(waiting[0]).timestamp()
-        return succeed((len(waiting), max(age, 0.0)))
+        age_s = (utcnow() - _finished(waiting[0])).total_seconds()
+        return succeed((len(waiting), max(age_s, 0.0)))
 
     def _waiting(self) -> list[Row]:
         waiting = [row for row in self._store.rows.values() if row.waits]
