@@ -2,8 +2,8 @@
 
 Two things differ in that. Bytes are sent where they are written, and only what the socket does not
 take waits for epoll to say that it will: Twisted registers for writing, and sends in the next
-round, which takes two more system calls for each message. And what is ready is read without a logging
-context of its own around each read. Together they are half of what a message costs there.
+round, which takes two more system calls for each message. And what is ready is read without a
+logging context of its own around each read. Together they are half of what a message costs there.
 
 And its time is one that nobody can set: a system clock that leaps by a day would make all timeouts
 due at once, or none of them for a day.

@@ -39,7 +39,7 @@ def main() -> None:
     from llmproxy import model
     from llmproxy.__main__ import main as run
 
-    model.datetime = LeapingDatetime  # type: ignore[misc]
+    model.datetime = LeapingDatetime  # type: ignore[attr-defined]
     sys.argv[0] = "llmproxy"
     run()
 

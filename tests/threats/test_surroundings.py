@@ -34,13 +34,16 @@ def test_a_clock_that_leaps_by_a_day_changes_no_answer_and_no_bill(tmp_path: Pat
     def finished() -> int:
         return sum(each.finished for each in trial.load.asked)
 
+    async def goes_on() -> None:
+        before, (beaten, _) = finished(), beats(trial.rig)
+        await until(lambda: finished() > before + 5 * CLIENTS, 10, "answers")
+        await until(lambda: beats(trial.rig)[0] > beaten + 5, 2, "heartbeats")
+
     async def story() -> None:
         async with trial.running() as process:
             for leap in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR2):
-                before, (beaten, _) = finished(), beats(trial.rig)
                 process.send_signal(leap)
-                await until(lambda n=before: finished() > n + 5 * CLIENTS, 10, "answers")
-                await until(lambda n=beaten: beats(trial.rig)[0] > n, 2, "a heartbeat")
+                await goes_on()
             await trial.settled()
 
     asyncio.run(story())
