@@ -3,6 +3,9 @@
     bytes --> llhttp --> Message (header, body) --> Request, one at a time
                             \\--> those that came in one piece with it wait in a queue
 
+What llhttp lets through, `framing.py` refuses. It must see each header's own bytes, so what is fed
+never reaches from one request into the next.
+
 States: idle, between requests; heading, a header is coming; serving, a request has not been
 answered or its body has not come; closing, nothing is read any more. A deadline belongs to each
 but serving: how long a request may take is for others to say.
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from llmproxy.downstream import Producer
     from llmproxy.site import Request, Site
 
-#: How long a connection may be silent between requests, and within a body that is wanted.
+#: How long a connection may be silent between requests.
 IDLE_TIMEOUT_S = 60.0
 #: How long a header may take, from its first byte to its last.
 HEADER_TIMEOUT_S = 10.0
@@ -46,8 +49,13 @@ LINGER_S = 15.0
 DISCARD_S = 2.0
 #: How many requests may come in one piece with the one before them. Nobody does so by accident.
 MAX_PIPELINED = 64
-#: A body in chunks may have this much framing, and twice its own size.
-MAX_FRAMING = 64 * 1024
+#: In how many steps, each to a blank line, a body in chunks is parsed that came in one piece. What
+#: comes after more of them, a next request's first line, would go unseen.
+MAX_BLANK_LINES = 64
+#: A body in chunks may have this much framing, and twice its own size; of the former, extensions
+#: and trailer, no more than this in a row.
+MAX_FRAMING = 32 * 1024
+_BLANK_LINE = b"\r\n\r\n"
 
 
 class Message:
@@ -76,11 +84,15 @@ class Channel(Protocol):
         self.send: Callable[[bytes], None] = lambda data: None
         self._wire: Any = None  # a TCP or TLS transport and producer
         self._parser: Any = httptools.HttpRequestParser(self)
-        self._raw_fields: list[tuple[bytes, bytes]] = []
         self._message: Message | None = None  # the one that is coming
+        self._head = b""  # of its header, what has come
+        self._raw_fields: list[tuple[bytes, bytes]] = []
         self._parts: list[bytes] = []
-        self._fed_bytes = 0  # of the message that is coming
-        self._feed_bytes = 0  # in the piece that is parsed
+        self._tail = b""  # the last bytes that were parsed, up to three
+        self._left_bytes = 0  # of a body of known length
+        self._chunked_bytes = 0  # of a body in chunks, with its framing
+        self._framing_bytes = 0  # of these, the last ones in which was nothing but framing
+        self._blind = False  # the piece that is parsed may reach into a next request
         self._problem: ProxyError | None = None  # why parsing ended
         self._queue: deque[Message] = deque()
         self._unread = b""  # what came after a request that is being served
@@ -180,11 +192,9 @@ class Channel(Protocol):
         self._serve()
 
     def _parse(self, data: bytes) -> None:
-        self._fed_bytes += len(data)
-        self._feed_bytes = len(data)
         self._busy = True
         try:
-            self._parser.feed_data(data)
+            self._feed(data)
         except httptools.HttpParserUpgrade:
             pass  # it was refused with its header, and nothing after it is a request
         except Exception:  # llhttp's, and those of the callbacks below
@@ -195,6 +205,40 @@ class Channel(Protocol):
             self._busy = False
             self._part_from_parser()
 
+    def _feed(self, data: bytes) -> None:
+        """Have it parsed: a header, a body, the next header, each on its own."""
+        at, size, lines = 0, len(data), 0
+        self._blind = False
+        while at < size:
+            message = self._message
+            if message is None or message.upload is None:
+                part = self._up_to_blank_line(data, at)
+                self._head = self._head + part if self._head else part
+            elif message.upload.length is not None:
+                part = data[at : at + self._left_bytes]
+                self._left_bytes -= len(part)
+            else:  # its end is a blank line, though not every blank line is its end
+                lines += 1
+                self._blind = lines > MAX_BLANK_LINES
+                part = data[at:] if self._blind else self._up_to_blank_line(data, at)
+                self._chunked_bytes += len(part)
+                self._framing_bytes += len(part)
+            at += len(part)
+            self._parser.feed_data(part)
+
+    def _up_to_blank_line(self, data: bytes, at: int) -> bytes:
+        """What is in `data` from `at` on to the end of a blank line, or all."""
+        tail = self._tail
+        if tail and (seam := (tail + data[at : at + 3]).find(_BLANK_LINE)) >= 0:
+            end = at + seam + len(_BLANK_LINE) - len(tail)
+        elif (found := data.find(_BLANK_LINE, at)) >= 0:
+            end = found + 4
+        else:
+            self._tail = (tail + data[at:])[-3:]
+            return data[at:]
+        self._tail = b""
+        return data[at:end]
+
     def _part_from_parser(self) -> None:
         """They know each other: else only the garbage collector would end a connection."""
         if self._gone and not self._busy:
@@ -203,27 +247,38 @@ class Channel(Protocol):
     def _parsed(self) -> None:
         message = self._message
         if message is None:
-            if self.request is not None:
+            if self._head:
+                self._between()
+            elif self.request is not None:
                 self._wait_no_more()
         elif message.upload is None:
             self._heading(message)
         else:
             self._body_goes_on(message, message.upload)
 
+    def _between(self) -> None:
+        """No request has begun but for an empty line, which may come before it."""
+        if not b"\r\n".startswith(self._head):
+            self._broken(framing.bad_line())
+
     def _heading(self, message: Message) -> None:
         """A header has begun, and is not complete: its size and time have bounds."""
-        if self._fed_bytes > framing.MAX_HEADER:
+        if len(self._head) > framing.MAX_HEADER:
             in_target = not self._raw_fields and len(message.target) > framing.MAX_TARGET
             self._broken(framing.too_long() if in_target else framing.too_large())
+        elif not framing.begins_well(self._head):
+            self._broken(framing.bad_line())
         elif self._due != self._header_too_slow:
             self._wait(HEADER_TIMEOUT_S, self._header_too_slow)
 
     def _body_goes_on(self, message: Message, upload: Upload) -> None:
+        self._framing_bytes = 0 if self._parts else self._framing_bytes
         self._hand_over(message, upload)
-        if upload.length is None and self._fed_bytes > MAX_FRAMING + 3 * message.body_bytes:
-            self._broken(BadRequest("The request's body has more framing than content."))
-        elif not self._held:
-            self._wait(IDLE_TIMEOUT_S, self.close)
+        if self._has_too_much_framing(message) or self._framing_bytes > MAX_FRAMING:
+            self._broken(_too_much_framing())
+
+    def _has_too_much_framing(self, message: Message) -> bool:
+        return self._chunked_bytes > MAX_FRAMING + 3 * message.body_bytes
 
     def _broken(self, problem: ProxyError) -> None:
         """The bytes make no sense from here on; what came before them is still served."""
@@ -243,7 +298,7 @@ class Channel(Protocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
-        if len(self._queue) >= MAX_PIPELINED:
+        if self._blind or len(self._queue) >= MAX_PIPELINED:
             self._stop(BadRequest("Too many requests at once."))
         self._message = Message()
         self._raw_fields = []
@@ -264,21 +319,26 @@ class Channel(Protocol):
         """The header is complete."""
         message, parser = self._message, self._parser
         assert message is not None
-        # What came in one piece with the message before is not counted as this one's.
-        if framing.is_too_large(self._raw_fields, self._fed_bytes + self._feed_bytes):
+        head, raw_fields = self._head, self._raw_fields
+        self._head, self._raw_fields = b"", []
+        if len(head) > framing.MAX_HEADER or len(raw_fields) > framing.MAX_FIELDS:
             self._stop(framing.too_large())
-        fields = framing.combined(self._raw_fields)
+        if not framing.begins_well(head):
+            self._stop(framing.bad_line())
+        fields = framing.combined(raw_fields)
         message.fields = fields
         message.method = parser.get_method()
         message.version = b"HTTP/" + parser.get_http_version().encode()
         message.keep = parser.should_keep_alive() and message.version == b"HTTP/1.1"
         try:
-            framing.check(message.target, message.version, fields)
+            framing.check(message.method, message.target, message.version, fields)
         except ProxyError as error:
             message.refusal = error
         length: int | None = None
         if b"transfer-encoding" not in fields:
             length = int(fields[b"content-length"]) if b"content-length" in fields else 0
+        self._left_bytes = length or 0
+        self._chunked_bytes = self._framing_bytes = 0
         message.upload = Upload(length, self.site.clock, self)
         self._queue.append(message)
 
@@ -288,11 +348,15 @@ class Channel(Protocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
-        message, self._message = self._message, None
-        self._fed_bytes = 0
+        message = self._message
         assert message is not None
         assert message.upload is not None
         self._hand_over(message, message.upload)
+        if self._raw_fields and not framing.may_trail(self._raw_fields):
+            self._stop(framing.bad_trailer())
+        if self._chunked_bytes and self._has_too_much_framing(message):
+            self._stop(_too_much_framing())
+        self._message = None
         message.upload.ended()
 
     def _hand_over(self, message: Message, upload: Upload) -> None:
@@ -325,10 +389,7 @@ class Channel(Protocol):
         if message.refusal is not None:
             self._refuse(message.refusal)
             return
-        if message.upload is not None and message.upload.whole:
-            self._wait_no_more()
-        elif not self._held:
-            self._wait(IDLE_TIMEOUT_S, self.close)
+        self._wait_no_more()
         self._keep = message.keep
         self.request = request = self.site.new_request(self, message)
         self._busy = True
@@ -389,16 +450,14 @@ class Channel(Protocol):
     def invite_body(self) -> None:
         """Tell a client that waits for it to send its body (RFC 9110 section 10.1.1)."""
         request = self.request
-        if request is not None and request.fields.pop(b"expect", b"") and not request.started:
+        if request is None or request.started or request.version != b"HTTP/1.1":
+            return
+        if request.fields.pop(b"expect", b""):
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hold_up(self, hold: bool) -> None:
         """Stop reading the client's body, or go on."""
         self._held = hold
-        if hold:
-            self._wait_no_more()  # the silence is ours
-        elif self._message is not None:
-            self._wait(IDLE_TIMEOUT_S, self.close)
         self._read_or_not()
 
     def _read_or_not(self) -> None:
@@ -448,3 +507,7 @@ def refusal_answer(error: ProxyError) -> bytes:
         b"Connection: close\r\nContent-Length: %d\r\n\r\n%b"
         % (error.status, reason, new_request_id().encode(), len(body), body)
     )
+
+
+def _too_much_framing() -> ProxyError:
+    return BadRequest("The request's body has more framing than content.")

@@ -7,7 +7,7 @@ in a row could read differently (RFC 9112 sections 3.2 and 6; RFC 9110 section 7
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from llmproxy.errors import BadRequest, ExpectationFailed, HeaderTooLarge, TargetTooLong
 
@@ -21,8 +21,23 @@ MAX_FIELDS = 100
 Fields = dict[bytes, bytes]
 
 _VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
+# RFC 9112 section 3: single spaces. One empty line may come before it (section 2.2).
+_LINE = re.compile(rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]\r\n")
+_WITHOUT_BODY = (b"GET", b"HEAD")
 # RFC 3986 section 3.2.2, without user information.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
+
+# What frames, routes or authorizes a request, or says what its body is, has come too late in a
+# trailer (RFC 9110 section 6.5.1): nobody here would heed it, but somebody else might.
+_NOT_IN_TRAILER = re.compile(
+    rb"(?i)(?:content|proxy|if|x-forwarded)-.*|transfer-encoding|te|trailer|connection|keep-alive"
+    rb"|upgrade|host|authorization|x-api-key|cookie|expect|range|max-forwards|forwarded"
+)
+
+
+def begins_well(head: bytes) -> bool:
+    """Whether a request that begins with these bytes has a proper first line, or none yet."""
+    return _LINE.match(head) is not None or head.find(b"\r\n", 2) < 0
 
 
 def combined(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
@@ -37,17 +52,20 @@ def combined(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
     return found
 
 
-def check(target: bytes, version: bytes, fields: Fields) -> None:
+def check(method: bytes, target: bytes, version: bytes, fields: Fields) -> None:
     """Raises BadRequest, TargetTooLong, HeaderTooLarge, ExpectationFailed."""
     if version not in _VERSIONS:
         raise BadRequest("The request is not HTTP/1.1.")
     if len(target) > MAX_TARGET:
         raise too_long()
-    if target[:1] != b"/" or b"#" in target:
+    if target[:1] != b"/" or b"#" in target or method == b"CONNECT":
         raise BadRequest("The request's target must be a path.")
     _check_host(version, fields.get(b"host"))
     if b"transfer-encoding" in fields:
         _check_coding(version, fields)
+    if method in _WITHOUT_BODY and _has_body(fields):
+        # Servers in a row disagree on whether there is one (RFC 9110 section 9.3.1).
+        raise BadRequest("A GET or HEAD request must have no body.")
     if b"upgrade" in fields and b"upgrade" in fields.get(b"connection", b"").lower():
         # It may be ignored (RFC 9110 section 7.8), but parsers disagree on whether a body follows.
         raise BadRequest("No other protocol than HTTP/1.1 is spoken here: send no Upgrade.")
@@ -70,14 +88,23 @@ def _check_coding(version: bytes, fields: Fields) -> None:
         raise BadRequest("The request has a Content-Length and a Transfer-Encoding.")
 
 
-def is_too_large(fields: Sequence[tuple[bytes, bytes]], at_most: int) -> bool:
-    """Whether a header, which has `at_most` so many bytes, is over `MAX_HEADER` bytes or
-    `MAX_FIELDS` fields."""
-    if len(fields) > MAX_FIELDS:
-        return True
-    if at_most <= MAX_HEADER:
-        return False
-    return sum(len(name) + len(value) + 4 for name, value in fields) > MAX_HEADER
+def _has_body(fields: Fields) -> bool:
+    return b"transfer-encoding" in fields or bool(fields.get(b"content-length", b"").strip(b"0"))
+
+
+def may_trail(fields: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether all these fields may come after the body."""
+    return not any(_NOT_IN_TRAILER.fullmatch(name) for name, _ in fields)
+
+
+def bad_trailer() -> BadRequest:
+    """The refusal of fields that may not trail."""
+    return BadRequest("The request's trailer has a field that must be in its header.")
+
+
+def bad_line() -> BadRequest:
+    """The refusal of what does not begin well."""
+    return BadRequest("The request's first line is malformed.")
 
 
 def too_long() -> TargetTooLong:

@@ -5,6 +5,7 @@ It parses; the requests that come out of it are the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,8 @@ from llmproxy.upload import Upload
 if TYPE_CHECKING:
     from llmproxy.downstream import Producer
     from llmproxy.site import Request, Site
+
+_CONTROL = re.compile(rb"[\x00-\x08\n-\x1f\x7f]")
 
 
 class Parsed:
@@ -45,7 +48,7 @@ class Parsed:
         message.fields = framing.combined((n, value) for n, values in sent for value in values)
         self._upload = message.upload = Upload(length, channel.site.clock, channel)
         try:
-            framing.check(message.target, message.version, message.fields)
+            framing.check(message.method, message.target, message.version, message.fields)
         except ProxyError as error:
             channel.refuse(error)
             return
@@ -192,6 +195,13 @@ class TwistedChannel(HTTPChannel):
 
     def _send100Continue(self) -> None:
         """Not before somebody wants the body: see `invite_body`."""
+
+    def lineReceived(self, line: bytes) -> None:
+        """A line of a header. Twisted would unfold it, and take control characters."""
+        if line[:1] in (b" ", b"\t") or _CONTROL.search(line) is not None:
+            self.refuse(BadRequest("The request is not valid HTTP/1.1."))
+        else:
+            super().lineReceived(line)
 
     def lineLengthExceeded(self, line: bytes) -> None:
         """A line of a header has no end in sight."""

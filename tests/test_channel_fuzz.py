@@ -14,9 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import Kept, Server, request_bytes
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.python.failure import Failure
 
+from llmproxy.endpoints import Dialect
+from llmproxy.errors import RequestTimeout
 from llmproxy.site import VARIABLE, Request
+from llmproxy.upload import ClientGone
 
 pytestmark = pytest.mark.skipif(
     os.environ.get(VARIABLE) == "twisted", reason="this is about our own channel"
@@ -62,6 +67,10 @@ def play(data: bytes, cuts: list[int]) -> tuple[list[tuple[bytes, bytes, bytes]]
 
         waiting.append((request, done))
 
+    def too_late(failure: Failure, request: Request) -> None:
+        failure.trap(RequestTimeout, ClientGone)
+        request.refuse(Dialect.OPENAI, RequestTimeout("The body did not come."))
+
     waiting: list[tuple[Request, object]] = []
     clock = Clock()
     server = Server(clock, Kept(serve))
@@ -80,6 +89,8 @@ def play(data: bytes, cuts: list[int]) -> tuple[list[tuple[bytes, bytes, bytes]]
         answer_what_is_whole()
         clock.advance(0)
     is_open = server.wire.connected
+    for request, _ in waiting:  # who wants a body waits for it, but not for ever
+        Deferred.fromCoroutine(request.upload.read(10**9, 30)).addErrback(too_late, request)
     clock.advance(60)  # every deadline has passed
     clock.advance(60)
     clock.advance(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmproxy.errors import BadRequest, ExpectationFailed, TargetTooLong
-from llmproxy.framing import MAX_TARGET, Fields, check, combined
+from llmproxy.framing import MAX_TARGET, Fields, begins_well, check, combined, may_trail
 
 HOST = (b"Host", b"proxy")
 PLAIN = [b"proxy", b"proxy:8080", b"127.0.0.1:1", b"[::1]:8080", b"a_b-c.d~e", b"%41", b""]
@@ -26,48 +26,48 @@ def test_fields_are_found_by_name_in_any_case_and_combined_in_order() -> None:
 
 @pytest.mark.parametrize("host", PLAIN)
 def test_one_plain_host_will_do(host: bytes) -> None:
-    check(b"/v1", b"HTTP/1.1", fields((b"hOst", host)))
+    check(b"POST", b"/v1", b"HTTP/1.1", fields((b"hOst", host)))
 
 
 @pytest.mark.parametrize("host", ODD)
 def test_an_odd_host_is_refused(host: bytes) -> None:
     with pytest.raises(BadRequest):
-        check(b"/v1", b"HTTP/1.1", fields((b"Host", host)))
+        check(b"POST", b"/v1", b"HTTP/1.1", fields((b"Host", host)))
 
 
 @pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
 def test_two_hosts_are_refused(version: bytes) -> None:
     with pytest.raises(BadRequest):
-        check(b"/v1", version, fields(HOST, HOST))
+        check(b"POST", b"/v1", version, fields(HOST, HOST))
 
 
 def test_a_host_may_be_missing_in_http_1_0_only() -> None:
-    check(b"/v1", b"HTTP/1.0", {})
+    check(b"POST", b"/v1", b"HTTP/1.0", {})
     with pytest.raises(BadRequest):
-        check(b"/v1", b"HTTP/1.1", {})
+        check(b"POST", b"/v1", b"HTTP/1.1", {})
 
 
 @pytest.mark.parametrize("version", [b"HTTP/0.9", b"HTTP/1.2", b"HTTP/2.0", b"RTSP/1.0"])
 def test_another_version_is_refused(version: bytes) -> None:
     with pytest.raises(BadRequest):
-        check(b"/v1", version, fields(HOST))
+        check(b"POST", b"/v1", version, fields(HOST))
 
 
 @pytest.mark.parametrize("target", [b"*", b"http://a/v1", b"a:80", b"v1", b"", b"/v1#x"])
 def test_a_target_that_is_no_path_is_refused(target: bytes) -> None:
     with pytest.raises(BadRequest):
-        check(target, b"HTTP/1.1", fields(HOST))
+        check(b"POST", target, b"HTTP/1.1", fields(HOST))
 
 
 def test_a_target_has_a_limit() -> None:
-    check(b"/" * MAX_TARGET, b"HTTP/1.1", fields(HOST))
+    check(b"POST", b"/" * MAX_TARGET, b"HTTP/1.1", fields(HOST))
     with pytest.raises(TargetTooLong):
-        check(b"/" * (MAX_TARGET + 1), b"HTTP/1.1", fields(HOST))
+        check(b"POST", b"/" * (MAX_TARGET + 1), b"HTTP/1.1", fields(HOST))
 
 
 @pytest.mark.parametrize("coding", [b"chunked", b"Chunked"])
 def test_chunked_is_the_one_coding(coding: bytes) -> None:
-    check(b"/", b"HTTP/1.1", fields(HOST, (b"Transfer-Encoding", coding)))
+    check(b"POST", b"/", b"HTTP/1.1", fields(HOST, (b"Transfer-Encoding", coding)))
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,66 @@ def test_chunked_is_the_one_coding(coding: bytes) -> None:
 )
 def test_another_coding_is_refused(coding: bytes) -> None:
     with pytest.raises(BadRequest):
-        check(b"/", b"HTTP/1.1", fields(HOST, (b"Transfer-Encoding", coding)))
+        check(b"POST", b"/", b"HTTP/1.1", fields(HOST, (b"Transfer-Encoding", coding)))
 
 
 def test_chunks_are_refused_where_they_could_be_misread() -> None:
     chunked = (b"Transfer-Encoding", b"chunked")
     with pytest.raises(BadRequest):
-        check(b"/", b"HTTP/1.0", fields(HOST, chunked))
+        check(b"POST", b"/", b"HTTP/1.0", fields(HOST, chunked))
     with pytest.raises(BadRequest):
-        check(b"/", b"HTTP/1.1", fields(HOST, chunked, chunked))
+        check(b"POST", b"/", b"HTTP/1.1", fields(HOST, chunked, chunked))
     with pytest.raises(BadRequest):
-        check(b"/", b"HTTP/1.1", fields(HOST, chunked, (b"Content-Length", b"3")))
+        check(b"POST", b"/", b"HTTP/1.1", fields(HOST, chunked, (b"Content-Length", b"3")))
 
 
 def test_there_is_one_expectation() -> None:
-    check(b"/", b"HTTP/1.1", fields(HOST, (b"Expect", b"100-Continue")))
+    check(b"POST", b"/", b"HTTP/1.1", fields(HOST, (b"Expect", b"100-Continue")))
     with pytest.raises(ExpectationFailed):
-        check(b"/", b"HTTP/1.1", fields(HOST, (b"Expect", b"200-ok")))
+        check(b"POST", b"/", b"HTTP/1.1", fields(HOST, (b"Expect", b"200-ok")))
+
+
+@pytest.mark.parametrize(
+    "head", [b"", b"\r", b"\r\n", b"GE", b"\r\nGET / HTTP/1.1", b"GET / HTTP/1.1\r"]
+)
+def test_a_first_line_may_yet_come(head: bytes) -> None:
+    assert begins_well(head)
+
+
+@pytest.mark.parametrize(
+    ("line", "good"),
+    [
+        (b"GET / HTTP/1.1", True),
+        (b"\r\nGET / HTTP/1.1", True),
+        (b"GET  / HTTP/1.1", False),
+        (b"GET /  HTTP/1.1", False),
+        (b" GET / HTTP/1.1", False),
+        (b"GET / HTTP/1.1 ", False),
+        (b"\nGET / HTTP/1.1", False),
+        (b"\r\n", False),
+        (b"GET /", False),
+        (b"GET / RTSP/1.1", False),
+    ],
+)
+def test_a_first_line_has_three_words_and_single_spaces(line: bytes, good: bool) -> None:
+    assert begins_well(line + b"\r\nHost: a\r\n\r\n") is good
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_who_asks_for_something_sends_nothing(method: bytes) -> None:
+    check(method, b"/", b"HTTP/1.1", fields(HOST))
+    check(method, b"/", b"HTTP/1.1", fields(HOST, (b"Content-Length", b"00")))
+    for framed in ((b"Content-Length", b"1"), (b"Transfer-Encoding", b"chunked")):
+        with pytest.raises(BadRequest):
+            check(method, b"/", b"HTTP/1.1", fields(HOST, framed))
+
+
+def test_a_path_is_nothing_to_connect_to() -> None:
+    with pytest.raises(BadRequest):
+        check(b"CONNECT", b"/v1", b"HTTP/1.1", fields(HOST))
+
+
+@pytest.mark.parametrize("name", [b"Content-Length", b"HOST", b"authorization", b"TE", b"If-Match"])
+def test_what_matters_before_the_body_may_not_come_after_it(name: bytes) -> None:
+    assert may_trail([(b"X-Checksum", b"1"), (b"Server-Timing", b"x")])
+    assert not may_trail([(b"X-Checksum", b"1"), (name, b"1")])
