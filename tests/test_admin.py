@@ -151,10 +151,10 @@ def test_a_query_is_ignored():
 def test_a_body_is_dropped_and_the_connection_goes_on():
     channel, transport = AdminSite(ROOT, Clock()).buildProtocol(None), StringTransport()
     channel.makeConnection(transport)
-    channel.dataReceived(b"GET /healthz HTTP/1.1\r\nHost: h\r\nContent-Length: 9999\r\n\r\n")
+    channel.dataReceived(b"POST /healthz HTTP/1.1\r\nHost: h\r\nContent-Length: 9999\r\n\r\n")
     channel.dataReceived(b"x" * 9999)
     channel.dataReceived(b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n")
-    assert re.findall(rb"HTTP/1.1 (\d+)", transport.value()) == [b"200", b"404"]
+    assert re.findall(rb"HTTP/1.1 (\d+)", transport.value()) == [b"405", b"404"]
     channel.connectionLost()
 
 
