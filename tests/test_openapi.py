@@ -12,7 +12,7 @@ import pytest
 import yaml
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from llmproxy import __version__, audio, dialects, errors, headers, rewrite
+from llmproxy import __version__, audio, dialects, errors, headers, policy, rewrite
 from llmproxy.admin import admin_resource
 from llmproxy.endpoints import ENDPOINTS, Body, Dialect, Endpoint
 from llmproxy.errors import ProxyError
@@ -119,6 +119,14 @@ def test_limits_are_ours() -> None:
     assert SCHEMAS["ModelName"]["maxLength"] == rewrite.MAX_MODEL == audio.MAX_MODEL
     form = fields(SCHEMAS["AudioForm"])
     assert tuple(form["response_format"]["enum"]) == audio.RESPONSE_FORMATS
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), [("Request", policy.REFUSED), ("AudioForm", policy.REFUSED_IN_FORMS)]
+)
+def test_fields_that_no_backend_gets_are_named(name: str, refused: dict[str, str]) -> None:
+    [pattern] = SCHEMAS[name]["patternProperties"]
+    assert pattern == f"^({'|'.join(refused)})$"
 
 
 def test_keys_are_where_they_are_looked_for() -> None:

@@ -8,7 +8,6 @@ is behind it, so that what is understood goes all the way.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,21 +73,6 @@ def narrowed(description: dict[str, Any]) -> dict[str, Any]:
     return narrow
 
 
-def understood(description: dict[str, Any]) -> dict[str, Any]:
-    """And bodies have what the stand-in server needs, as in the examples: so they get answers."""
-    deep = narrowed(description)
-    for item in deep["paths"].values():
-        for media in item.get("post", {}).get("requestBody", {}).get("content", {}).values():
-            values = [example["value"] for example in media.get("examples", {}).values()]
-            needed = {
-                name: {"enum": [value[name] for value in values]}
-                for name in (values[0] if values else ())
-            }
-            shape = {"type": "object", "properties": needed, "required": list(needed)}
-            media["schema"] = {"allOf": [media["schema"], shape]}
-    return deep
-
-
 def operations(description: dict[str, Any], *, admin: bool) -> list[Any]:
     schema: Any = schemathesis.openapi.from_dict(description)
     schema.config.generation.with_security_parameters = False  # keys are ours to send
@@ -123,6 +107,23 @@ def drawn(operation: Any, mode: GenerationMode, act: Callable[[Case], None]) -> 
     run()
 
 
+def examples(path: str) -> list[dict[str, Any]]:
+    """The bodies that the description has for a path."""
+    content = DESCRIPTION["paths"][path].get("post", {}).get("requestBody", {}).get("content", {})
+    found = content.get("application/json", {}).get("examples", {})
+    return [example["value"] for example in found.values()]
+
+
+def complete(case: Case) -> None:
+    """Add what the stand-in server needs and the proxy does not look at.
+
+    Else the server's refusals would hide what the proxy lets pass.
+    """
+    if isinstance(case.body, dict) and (known := examples(case.path)):
+        unread = {name: value for name, value in known[0].items() if name != "model"}
+        case.body = unread | case.body
+
+
 class Examiner:
     """Sends requests, and counts in `tally` which of them were answered as described."""
 
@@ -142,6 +143,7 @@ class Examiner:
 
     def __call__(self, case: Case) -> None:
         """Send one."""
+        complete(case)
         answer = case.call(base_url=self.url, session=self._session, headers=self._headers)
         self.statuses.add(answer.status_code)
         try:
@@ -159,10 +161,9 @@ def examine(url: str, tally: Tally, *, admin: bool) -> set[int]:
         for operation in operations(narrowed(DESCRIPTION), admin=admin):
             for case in covering(operation):
                 examiner(case)
+            drawn(operation, GenerationMode.POSITIVE, examiner)
             if operation.body:
                 drawn(operation, GenerationMode.NEGATIVE, examiner)
-        for operation in operations(understood(DESCRIPTION), admin=admin):
-            drawn(operation, GenerationMode.POSITIVE, examiner)
         return examiner.statuses
 
 
@@ -210,15 +211,9 @@ async def test_nothing_but_the_key_is_looked_at_where_there_is_none(setting: Set
     assert not setting.proxy.rows()
 
 
-def examples() -> Iterator[tuple[str, Any]]:
-    for path, item in DESCRIPTION["paths"].items():
-        content = item.get("post", {}).get("requestBody", {}).get("content", {})
-        for example in content.get("application/json", {}).get("examples", {}).values():
-            yield path, example["value"]
-
-
 @pytest_twisted.ensureDeferred
 async def test_its_examples_are_served(setting: Setting) -> None:
-    for path, body in examples():
-        answer = await setting.proxy.post(path, json.dumps(body).encode())
-        assert (answer.status, answer.whole) == (200, True), path
+    for path in DESCRIPTION["paths"]:
+        for body in examples(path):
+            answer = await setting.proxy.post(path, body)
+            assert (answer.status, answer.whole) == (200, True), path
