@@ -20,7 +20,7 @@ from tally import LONG, Tally
 from test_agent import Body, Rig
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone, ResponseFailed, ResponseNeverReceived
+from twisted.web.client import ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
 
 WHOLE, CLOSED, BROKEN = ResponseDone, PotentialDataLoss, ResponseFailed
@@ -313,7 +313,7 @@ def taken(data: bytes, cuts: list[int]) -> Read | None:
         rig.endpoint.connections[0].connectionLost(Failure(ConnectionDone()))
     rig.agent.close()
     [answer] = answers
-    if isinstance(answer, ResponseNeverReceived):
+    if isinstance(answer, Exception):
         return None
     [end] = body.ends
     return Read(answer.code, body.data, end, again)
