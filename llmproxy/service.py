@@ -82,7 +82,9 @@ def _make_proxy(path: Path, reactor: Any) -> Proxy | Supervisor:
 
 def _create_config(path: Path) -> None:
     try:
-        with path.open("x", encoding="utf-8") as file:
+        # Tokens will be in it.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(config.default_text())
     except OSError as error:
         raise SystemExit(f"llmproxy: {path}: can't be written: {error.strerror}") from None

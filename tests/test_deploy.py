@@ -276,6 +276,7 @@ def test_compose_files_run_the_proxy_without_rights_on_files_that_can_t_be_chang
     service = compose["services"]["llmproxy"]
     assert service["cap_drop"] == ["ALL"]
     assert service["read_only"] is True
+    assert service["ulimits"]["core"] == 0
 
 
 def test_compose_waits_longer_than_the_drain(compose: dict[str, Any]):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -119,7 +120,9 @@ def test_twistd_finds_the_plugin(scripts: Path, tmp_path: Path):
 
 def test_the_default_configuration_is_written(scripts: Path, tmp_path: Path):
     _run([scripts / "python", "-m", "llmproxy", "--create-config"], tmp_path)
-    assert (tmp_path / "config.toml").read_text() == config.default_text()
+    written = tmp_path / "config.toml"
+    assert written.read_text() == config.default_text()
+    assert not stat.S_IMODE(written.stat().st_mode) & stat.S_IRWXO
 
 
 def test_the_command_for_keys_is_there(scripts: Path, tmp_path: Path):

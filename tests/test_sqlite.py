@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -98,6 +100,21 @@ def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
     tables = query(path, "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")
     assert tables == [("api_key",), ("event_oneoff",), ("key_model",), ("ledger",), ("price",)]
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_a_new_file_is_closed_to_others(path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        prepare(path)
+        connection = connect(path)
+        connection.execute("DELETE FROM ledger")
+        files = list(path.parent.glob(f"{path.name}*"))
+        modes = [stat.S_IMODE(file.stat().st_mode) for file in files]
+        connection.close()
+    finally:
+        os.umask(before)
+    assert len(files) == 3
+    assert set(modes) == {0o640}
 
 
 def test_a_ledger_without_prices_gets_their_column_once_and_keeps_its_rows(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from llmproxy.config import Config
 from llmproxy.expiry import UNREADABLE, expiry_time
 from llmproxy.model import MAX_COUNT, Kind, Price
-from llmproxy.storage.sqlite import migrate, to_text
+from llmproxy.storage.sqlite import make_file, migrate, to_text
 
 #: How long a statement waits for the proxy's commits.
 BUSY_TIMEOUT_S = 5.0
@@ -45,6 +45,7 @@ def open_store(config: Config) -> sqlite3.Connection:
     """
     path = store_path(config)
     fresh = not path.exists()
+    make_file(path)
     try:
         connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -84,9 +86,19 @@ def connect(path: Path | str) -> sqlite3.Connection:
     )
 
 
+def make_file(path: Path) -> None:
+    """Make an empty file for a database where there is none, closed to all but its user and group.
+
+    SQLite's own would be open to whom the umask lets read. Its -wal and -shm get the same mode.
+    """
+    with contextlib.suppress(OSError):  # if it is there; else SQLite says why it can't be
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o660))
+
+
 def prepare(path: Path) -> None:
     """Make and migrate the file. Raises StorageError with the file's name; blocks, so: at start."""
     deadline = time.monotonic() + PREPARE_TIMEOUT_S
+    make_file(path)
     while True:
         try:
             _migrate_file(path)
