@@ -23,8 +23,10 @@ import pytest
 import pytest_twisted
 from bson import Int64, ObjectId
 from bson.binary import Binary, UuidRepresentation
+from bson.datetime_ms import DatetimeMS
 from bson.decimal128 import Decimal128
 from bson.raw_bson import RawBSONDocument
+from bson.timestamp import Timestamp
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -200,6 +202,12 @@ async def test_a_key_is_asked_for_by_exactly_this_query(server: Mongod) -> None:
         ({"date_expiry": NOW + timedelta(milliseconds=1)}, True),
         ({"date_expiry": NOW}, False),
         ({"date_expiry": NOW - timedelta(days=1)}, False),
+        ({"date_expiry": "2124-01-01"}, False),
+        ({"date_expiry": 4_102_444_800_000}, False),
+        ({"date_expiry": Timestamp(4_102_444_800, 1)}, False),
+        ({"date_expiry": [NOW + timedelta(days=1), NOW - timedelta(days=1)]}, False),
+        ({"date_expiry": [None]}, False),
+        ({"date_expiry": {}}, False),
         ({"date_expiry": None, "access_level": "ADMIN"}, False),
         ({"date_expiry": None, "access_level": None}, False),
         ({"date_expiry": None, "secret": HASH.upper()}, False),
@@ -233,6 +241,14 @@ async def test_a_key_may_be_limited_to_models(server: Mongod, models: object, al
         found = await store.accounts.find(HASH, NOW)
     assert found is not None
     assert found.models == allowed
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_that_ends_when_python_has_no_dates_any_more_is_valid(server: Mongod) -> None:
+    full = {"_id": "key-1", "access_level": "LLM", "secret": HASH, "date_expiry": DatetimeMS(2**60)}
+    server.client().cgc.api_keys.insert_one(full)
+    async with opened(uri(server)) as store:
+        assert await store.accounts.find(HASH, NOW) == Account("key-1")
 
 
 USER_IDS = [

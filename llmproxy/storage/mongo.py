@@ -13,12 +13,14 @@ from datetime import datetime
 from typing import Any
 
 from bson import json_util
+from bson.datetime_ms import DatetimeMS
 from bson.objectid import ObjectId
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
 from llmproxy.errors import ConfigError, StorageError
+from llmproxy.expiry import UNREADABLE
 from llmproxy.model import Account, Event, utcnow
 from llmproxy.storage import IAccounts, IEventSink
 from llmproxy.storage.mongo_pool import MongoPool
@@ -95,8 +97,13 @@ def bson_value(text: str | None) -> Any:
 
 
 def _end(date_expiry: Any) -> datetime | None:
-    """When a key that is valid now ends; what Python has no date for is thousands of years away."""
-    return date_expiry if isinstance(date_expiry, datetime) else None
+    """When a key that is valid now ends; what Python has no date for is thousands of years away.
+
+    The query finds an array too, if one of its members would do. That is no date: `UNREADABLE`.
+    """
+    if date_expiry is None or isinstance(date_expiry, DatetimeMS):
+        return None
+    return date_expiry if isinstance(date_expiry, datetime) else UNREADABLE
 
 
 def _models(models: Any) -> frozenset[str] | None:
@@ -124,12 +131,14 @@ class MongoAccounts:
             raise StorageError(f"find in {'.'.join(KEYS)}: {describe(reply)}")
         try:
             found = reply["cursor"]["firstBatch"]
-            if not found:
+            if found == []:
                 return None
             key = found[0]
             user_id, expires = text_value(key.get("user_id")), _end(key.get("date_expiry"))
+            if expires is not None and expires <= now:
+                return None
             return Account(str(key["_id"]), user_id, expires, _models(key.get("models")))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise StorageError(f"find in {'.'.join(KEYS)}: a reply without a result") from error
 
     async def query(self, secret_hash: str, now: datetime) -> Document:
