@@ -1,0 +1,103 @@
+"""What users send and what they get is in memory while it passes, and nowhere after that."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import pytest_twisted
+from backend import DONE, LAST_CHUNK, ScriptedBackend, Wait, chunk, head, json_answer, sse_event
+from clients import wav
+from proxy import KEY, request_bytes, running_proxy
+from twisted.internet.defer import Deferred
+
+PROMPT, ANSWER = b"canary-of-a-prompt", "canary-of-an-answer"
+#: More than fits anywhere on the way: Twisted's own server would put so much into a file.
+LONG = PROMPT * 20_000
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+BOUNDARY = "canary-boundary"
+
+
+def chat(**more: Any) -> tuple[str, bytes, str]:
+    """Path, body and its type."""
+    messages = [{"role": "user", "content": LONG.decode()}]
+    body = orjson.dumps({"model": "m", "messages": messages, **more})
+    return "/v1/chat/completions", body, "application/json"
+
+
+def audio() -> tuple[str, bytes, str]:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="'
+    model = f'{head}model"\r\n\r\nm\r\n'.encode()
+    file = f'{head}file"; filename="a.wav"\r\n\r\n'.encode() + wav(1) + LONG
+    body = model + file + f"\r\n--{BOUNDARY}--\r\n".encode()
+    return "/v1/audio/transcriptions", body, f"multipart/form-data; boundary={BOUNDARY}"
+
+
+def whole(waits: Wait, **answer: Any) -> list[Any]:
+    return [waits, json_answer(200, {"text": ANSWER, **answer})]
+
+
+def stream(waits: Wait) -> list[Any]:
+    delta = {"choices": [{"index": 0, "delta": {"content": ANSWER}}]}
+    first = head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
+    last = sse_event({"choices": [], "usage": USAGE}) + DONE
+    return [first + chunk(sse_event(delta)), waits, chunk(last) + LAST_CHUNK]
+
+
+def files() -> set[str]:
+    """The files that this process has open, those without a name too."""
+    found = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            if stat.S_ISREG(os.fstat(int(descriptor)).st_mode):
+                found.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except OSError:
+            pass  # it was the one that lists the folder
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        (chat(), lambda waits: whole(waits, usage=USAGE)),
+        (chat(stream=True), stream),
+        (audio(), lambda waits: whole(waits, duration=1.0)),
+    ],
+    ids=["whole", "stream", "audio"],
+)
+@pytest_twisted.ensureDeferred
+async def test_prompts_and_answers_are_on_no_disk_and_in_no_log(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    logged: list[str],
+    asked: tuple[str, bytes, str],
+    answered: Any,
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    path, body, content_type = asked
+    gate: Deferred[None] = Deferred()
+    async with ScriptedBackend(answered(Wait(gate))) as backend:
+        async with running_proxy(tmp_path, {"m": {"url": backend.url}}) as proxy:
+            before = files()
+            client = await proxy.open()
+            client.send(request_bytes("POST", path, body, fields={"Content-Type": content_type}))
+            request = await backend.request()
+            assert files() == before
+            gate.callback(None)
+            await client.when(lambda received: b"200 OK" in received and client.answer().whole)
+            await client.close()
+            assert ANSWER.encode() in client.received
+            assert LONG in request.body
+            assert [row[0] for row in await proxy.settled()] == ["settled"]
+            kept = b"".join(each.read_bytes() for each in tmp_path.rglob("*") if each.is_file())
+    ours = f"id-{KEY}"
+    assert ours.encode() in kept  # the bill is there
+    for secret in (PROMPT.decode(), ANSWER, KEY, BOUNDARY):
+        assert secret.encode() not in kept.replace(ours.encode(), b"")
+        assert secret not in "".join(logged).replace(ours, "")
