@@ -20,7 +20,7 @@ from llmproxy.model import MAX_COUNT, Reading
 from llmproxy.usage import MAX_RAW, raw_fragment, read_usage
 
 EXAMPLES = settings(max_examples=5000 if LONG else 200, deadline=None)
-CUTS = st.lists(st.integers(0, 3000), max_size=6)
+CUTS = st.lists(st.integers(0, 3000), max_size=6) | st.just(list(range(3000)))
 
 
 def bounds(data: bytes, at: list[int]) -> list[int]:
