@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.cfg
+# Scans our TLS, in the long form of the hostile inputs.
+SSLYZE = 6.3.1
 
 # What these test passes on Twisted's own HTTP channel too; so does all the rest.
 CLIENT_SIDE = $(addprefix tests/test_,$(addsuffix .py,site downstream exchange forward form cancellation \
@@ -31,7 +33,7 @@ faults: $(VENV)/installed-dev mongod
 	LLMPROXY_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 # The long form of the suites of hostile inputs. Counts what was tried and what passed.
-hostile: $(VENV)/installed-dev
+hostile: $(VENV)/installed-dev $(VENV)/sslyze/$(SSLYZE)
 	LLMPROXY_HOSTILE=long $(BIN)/python -m pytest tests/hostile tests/threats
 
 # docs/openapi.yaml as the JSON that the admin site serves.
@@ -83,6 +85,12 @@ $(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/installed-lock: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lock]'
+	touch $@
+
+# A venv in the venv, since sslyze needs an older cryptography than we do.
+$(VENV)/sslyze/$(SSLYZE): $(VENV)/bin/python
+	$(BIN)/python -m venv $(VENV)/sslyze
+	$(VENV)/sslyze/bin/python -m pip install --quiet --disable-pip-version-check sslyze==$(SSLYZE)
 	touch $@
 
 clean:

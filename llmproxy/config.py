@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Annotated
 from urllib.parse import urlsplit
 
+from llmproxy.certificates import read_certificates, read_identity, read_key
 from llmproxy.errors import ConfigError
 from llmproxy.expiry import UNREADABLE, expiry_time
 from llmproxy.model import MAX_COUNT
@@ -45,8 +46,8 @@ GIB = 2**30
 class Rule:
     """What a setting may be. `read` returns the setting's value, or raises ValueError.
 
-    A `secret` may stand in a file named by `SETTING_file`. What is `hidden` may hold a secret
-    and is never shown in an error.
+    What is `secret`, or long, may stand in a file named by `SETTING_file`. What is `hidden` may
+    hold a secret and is never shown in an error.
     """
 
     expected: str
@@ -112,6 +113,15 @@ def _matching(expected: str, accepts: Callable[[str], object], *, secret: bool =
         return text
 
     return Rule(expected, read, secret, hidden=secret)
+
+
+def _pem(expected: str, check: Callable[[str], object]) -> Rule:
+    def read(value: object) -> str:
+        text: str = _typed(value, str)
+        check(text)
+        return text
+
+    return Rule(expected, read, secret=True, hidden=True)
 
 
 def _read_path(value: object) -> Path:
@@ -185,6 +195,8 @@ CURRENCY = _matching(
 )
 MOMENT = Rule("a time like 2026-01-01T00:00:00Z", _read_moment)
 AMOUNT = _whole(0, 10**15)
+CERTIFICATES = _pem("certificates in PEM", read_certificates)
+PRIVATE_KEY = _pem("a private key in PEM, without a password", read_key)
 ENDPOINTS = Rule('Twisted endpoint strings like ["tcp:8080"]', _read_endpoints)
 URL = Rule(
     'a URL like "http://host:8000", without credentials, query or fragment',
@@ -261,7 +273,8 @@ class Backend:
     """An LLM server. `name` is the model's name as clients and bills have it.
 
     `url` has no trailing slash and no `/v1`. `model` is the server's own name for the model,
-    where it has another one. `timeout` and `drain_timeout` are in seconds.
+    where it has another one. `timeout` and `drain_timeout` are in seconds. `ca`, `client_cert` and
+    `client_key` are PEM: what was in their files when they were read.
     """
 
     name: str
@@ -271,7 +284,9 @@ class Backend:
     model: Annotated[str | None, LABEL] = None
     aliases: Annotated[tuple[str, ...], LABELS] = ()
     verify_ssl: Annotated[bool, BOOLEAN] = True
-    ca_file: Annotated[Path | None, PATH] = None
+    ca: Annotated[str | None, CERTIFICATES] = field(default=None, repr=False)
+    client_cert: Annotated[str | None, CERTIFICATES] = field(default=None, repr=False)
+    client_key: Annotated[str | None, PRIVATE_KEY] = field(default=None, repr=False)
     timeout: Annotated[float | None, TIMEOUT] = None
     max_model_len: Annotated[int | None, SIZE] = None
     usage: Annotated[str, _one_of("final", "continuous")] = "final"
@@ -370,7 +385,7 @@ def default_text() -> str:
 def load(path: Path, environ: Mapping[str, str] = os.environ, *, check: bool = True) -> Config:
     """Read the file at `path`; `LLMPROXY_DB_URI` in `environ` takes the place of `db.uri`.
 
-    With `check` the certificate files must be readable, too. Raises ConfigError.
+    With `check` the public site's certificate must be readable, too. Raises ConfigError.
     """
     try:
         mapping = tomllib.loads(_read_text(path))
@@ -404,6 +419,8 @@ def parse(
     reader = _Reader(base, read_text)
     config = reader.section(Config, mapping)
     reader.errors.extend(_conflicts(mapping))
+    if config is not None:
+        reader.errors.extend(_misfits(config))
     if reader.errors or config is None:
         raise ConfigError("\n".join(reader.errors))
     return config
@@ -420,11 +437,8 @@ def _with_db_uri(mapping: Mapping[str, object], uri: str) -> Mapping[str, object
 
 
 def check_files(config: Config) -> None:
-    """Raises ConfigError unless the certificates and keys that `config` names are readable."""
-    named = {"cert": config.cert, "key": config.key} | {
-        _dotted(("backends", name, "ca_file")): backend.ca_file
-        for name, backend in config.backends.items()
-    }
+    """Raises ConfigError unless the public site's certificate and key are readable."""
+    named = {"cert": config.cert, "key": config.key}
     errors = [
         f'{where}: can\'t read "{path}": {error}'
         for where, path in named.items()
@@ -454,6 +468,25 @@ def _conflicts(mapping: Mapping[str, object]) -> Iterator[str]:
     if ("cert" in mapping) != ("key" in mapping):
         there, missing = ("cert", "key") if "cert" in mapping else ("key", "cert")
         yield f"{missing}: missing, as {there} is given"
+    backends = mapping.get("backends")
+    for name, backend in backends.items() if isinstance(backends, Mapping) else ():
+        given = [
+            each
+            for each in ("client_cert", "client_key")
+            if isinstance(backend, Mapping) and (each in backend or f"{each}_file" in backend)
+        ]
+        if len(given) == 1:
+            [missing] = {"client_cert", "client_key"} - {*given}
+            yield f"{_dotted(('backends', name, missing))}: missing, as {given[0]} is given"
+
+
+def _misfits(config: Config) -> Iterator[str]:
+    for name, backend in config.backends.items():
+        if backend.client_cert is not None and backend.client_key is not None:
+            try:
+                read_identity(backend.client_cert, backend.client_key)
+            except ValueError as error:
+                yield f"{_dotted(('backends', name, 'client_key'))}: {error}"
 
 
 class _Reader:

@@ -1,10 +1,11 @@
 """What supervisor and workers tell each other: JSON objects, one a line, over a pair of pipes.
 
     supervisor                                     worker
-       start (number, config, listeners)    --->
+       start (number, config, listeners,
+              pems)                         --->
                                             <---   ready (metrics, checks), or failed (reason)
                                             <---   report (metrics, checks), once a second
-       reload (config)                      --->
+       reload (config, pems)                --->
        stop (linger)                        --->
        cut: wait for no stream any longer   --->
        leave: the others have ended         --->

@@ -44,6 +44,7 @@ OF_THE_WHOLE = frozenset(
     {
         *("llmproxy_backend_up", "llmproxy_build_info"),
         *("llmproxy_workers", "llmproxy_worker_restarts"),
+        "llmproxy_certificate_expiry_seconds",
     }
 )
 PATHS = frozenset({*ENDPOINTS, MODELS_PATH})
@@ -388,6 +389,12 @@ class Metrics:
             "Whether a backend answers its health check (absent: not known yet).",
             ["model"],
         )
+        self._certificates = _Gauges(
+            registry,
+            "llmproxy_certificate_expiry_seconds",
+            "Until when a certificate shown to clients is valid, as Unix time.",
+            ["file"],
+        )
         self._ledger(registry)
         build = _Gauges(registry, "llmproxy_build_info", "The proxy's version.", ["version"])
         build.cell(version).set(1)
@@ -489,6 +496,10 @@ class Metrics:
             self._up.cells.pop((name,), None)
         elif name in self._backends:
             self._up.cell(name).set(up)
+
+    def certificate(self, file: str, ends: float) -> None:
+        """The certificate in this file is valid until this Unix time."""
+        self._certificates.cell(file).set(ends)
 
     def request_started(self) -> None:
         """A client's request has come; `request_done` is called for it later, once."""

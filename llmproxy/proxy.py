@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast
 
-from OpenSSL import crypto
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
@@ -31,6 +30,7 @@ from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
 from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
+from llmproxy.server_tls import Certificates, without_tls
 from llmproxy.site import Site
 from llmproxy.stores import Stores
 from llmproxy.throttle import Throttle
@@ -69,6 +69,7 @@ class Proxy(logs.LoggingService):
         self.backends = Backends(
             lambda backend: connect(backend, reactor, self.config.timeout_connect)
         )
+        self.certificates = Certificates(self.metrics.certificate)
         self.started: Deferred[None] = Deferred()
         self._timeouts = Timeouts(reactor)
         self._services: Services | None = None
@@ -151,7 +152,7 @@ class Proxy(logs.LoggingService):
         admin = admin_resource(self.checks, lambda: self._health.states, exposition)
         for text in self.config.admin.listen:
             site = AdminSite(admin, self._reactor)
-            self.admin_ports.append(await open_port(self._reactor, text, site))
+            self.admin_ports.append(await self._open(text, site))
         self._site = Site(
             make_root(services, int(time.time())),
             self._timeouts,
@@ -163,7 +164,10 @@ class Proxy(logs.LoggingService):
 
     async def _open_public(self, site: Site) -> None:
         for text in public_endpoints(self.config):
-            self.ports.append(await open_port(self._reactor, text, site))
+            self.ports.append(await self._open(text, site))
+
+    async def _open(self, text: str, factory: Any) -> IListeningPort:
+        return await open_endpoint(self._reactor, text, factory, self.certificates)
 
     def checks(self) -> dict[str, bool | str]:
         """What `/readyz` says of this process."""
@@ -187,10 +191,10 @@ class Proxy(logs.LoggingService):
     # -- reload ----------------------------------------------------------------------------
 
     def reload(self) -> None:
-        """Read the configuration again and swap the backends; a bad file changes nothing."""
+        """Read the configuration and the certificates again; a bad file changes nothing."""
         if self._services is None:
             return
-        fresh = read_again(self._load, self.config, self.backends)
+        fresh = read_again(self._load, self.config, self.backends, self.certificates)
         if fresh is not None:
             self._take_over(fresh)
             self._health.update(self.backends.all())
@@ -257,14 +261,25 @@ class Proxy(logs.LoggingService):
             await stopping
 
 
+async def open_endpoint(
+    reactor: Any, text: str, factory: Any, certificates: Certificates
+) -> IListeningPort:
+    """Listen on the endpoint that `text` names, with a certificate if it is an `ssl:` one. Raises
+    ConfigError."""
+    plain, files = without_tls(text)
+    if files is not None:
+        factory = certificates.load(files).over(factory, reactor)
+    return await open_port(reactor, plain, factory)
+
+
 async def open_port(reactor: Any, text: str, factory: Any) -> IListeningPort:
-    """Listen on the endpoint that `text` names. Raises ConfigError."""
+    """Listen on the endpoint without TLS that `text` names. Raises ConfigError."""
     factory.noisy = False
     try:
         port: IListeningPort = await serverFromString(reactor, text).listen(factory)
     except CannotListenError as error:
         raise ConfigError(f"can't listen on {text}: {error.socketError}") from None
-    except (ValueError, TypeError, KeyError, IndexError, OSError, crypto.Error) as error:
+    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
         raise ConfigError(f"can't listen on {text}: {error}") from None
     return port
 
@@ -279,8 +294,13 @@ def health_checks(backends: Backends, reactor: Any, metrics: Metrics) -> HealthC
     )
 
 
-def read_again(load: Callable[[], Config], running: Config, backends: Backends) -> Config | None:
-    """Read the configuration, and put its backends in force in `backends`.
+def read_again(
+    load: Callable[[], Config],
+    running: Config,
+    backends: Backends,
+    certificates: Certificates,
+) -> Config | None:
+    """Read the configuration and the certificates, and put its backends and them in force.
 
     None, and nothing has changed, where the file is bad.
     """
@@ -288,10 +308,12 @@ def read_again(load: Callable[[], Config], running: Config, backends: Backends) 
         fresh = load()
         if not fresh.backends and list(backends.all()):
             raise ConfigError("backends: none are left; a file that is cut short looks so")
+        found = certificates.read_again()
         backends.swap(fresh.backends)
     except ConfigError as error:
         log.error("not reloaded: {reason}", reason="; ".join(str(error).splitlines()))
         return None
+    certificates.put_in_force(found)
     log.info("reloaded; backends: {backends}", backends=", ".join(fresh.backends) or "none")
     for name in config.restart_needed(running, fresh):
         log.warn("{setting} has changed; it takes a restart", setting=name)

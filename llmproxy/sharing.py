@@ -14,7 +14,6 @@ from typing import Any, cast
 
 from twisted.internet import tcp, unix
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 
 #: How many connections a worker takes each time that it is woken. All idle workers are woken for
@@ -37,7 +36,7 @@ def hold(port: IListeningPort) -> int:
 class Adopting:
     """Stands for the reactor where an endpoint wants to listen: it gets a socket that is there.
 
-    So the endpoint's text is understood by its own parser, certificates and all.
+    So the endpoint's text is understood by its own parser.
     """
 
     def __init__(
@@ -52,17 +51,6 @@ class Adopting:
     ) -> IListeningPort:
         """The socket, whatever its address."""
         return self._adopted(factory)
-
-    def listenSSL(
-        self,
-        port: int,
-        factory: IProtocolFactory,
-        contextFactory: Any,
-        backlog: int = 0,
-        interface: str = "",
-    ) -> IListeningPort:
-        """The same with TLS."""
-        return self._adopted(TLSMemoryBIOFactory(contextFactory, False, factory))
 
     def listenUNIX(
         self,

@@ -34,12 +34,14 @@ from llmproxy.proxy import (
     CUT_S,
     announce,
     health_checks,
+    open_endpoint,
     open_port,
     public_endpoints,
     read_again,
     stopped,
     tell_why_not_started,
 )
+from llmproxy.server_tls import Certificate, Certificates, Pem, without_tls
 from llmproxy.sharing import hold
 from llmproxy.stores import prepare_database
 from llmproxy.totals import joined_checks
@@ -73,7 +75,9 @@ class Supervisor(logs.LoggingService):
         self.on_running: Callable[[], None] = lambda: None
         self.on_failure: Callable[[], None] = lambda: None
         self._serving = False
-        self._listeners: list[tuple[str, int]] = []
+        self.certificates = Certificates(self.metrics.certificate)
+        #: Endpoints without their TLS, the sockets' descriptors, and what TLS is over them.
+        self._listeners: list[tuple[str, int, Certificate | None]] = []
 
     # -- start -----------------------------------------------------------------------------
 
@@ -97,8 +101,10 @@ class Supervisor(logs.LoggingService):
         self._health = health_checks(self.backends, self._reactor, self.metrics)
         await self._open_admin()
         for text in public_endpoints(self.config):
-            self.ports.append(await open_port(self._reactor, text, Factory()))
-            self._listeners.append((text, hold(self.ports[-1])))
+            plain, files = without_tls(text)
+            certificate = self.certificates.load(files) if files is not None else None
+            self.ports.append(await open_port(self._reactor, plain, Factory()))
+            self._listeners.append((plain, hold(self.ports[-1]), certificate))
         await self.workers.start()
         self._health.setServiceParent(self)
         self._serving = True
@@ -111,7 +117,8 @@ class Supervisor(logs.LoggingService):
         exposition = self._exposition if self.config.metrics.enabled else None
         admin = admin_resource(self.checks, lambda: self._health.states, exposition)
         for text in self.config.admin.listen:
-            port = await open_port(self._reactor, text, AdminSite(admin, self._reactor))
+            site = AdminSite(admin, self._reactor)
+            port = await open_endpoint(self._reactor, text, site, self.certificates)
             self.admin_ports.append(port)
             port.stopReading()  # type: ignore[attr-defined]
 
@@ -119,7 +126,7 @@ class Supervisor(logs.LoggingService):
         numbers = range(FIRST_LISTENER, FIRST_LISTENER + len(self._listeners))
         inherited = {
             number: descriptor
-            for number, (_, descriptor) in zip(numbers, self._listeners, strict=True)
+            for number, (_, descriptor, _) in zip(numbers, self._listeners, strict=True)
         }
         with open(os.devnull, "rb") as nothing:
             self._reactor.spawnProcess(
@@ -142,9 +149,17 @@ class Supervisor(logs.LoggingService):
             number=worker.number,
             config=config_to_json(self._in_force),
             listeners=[
-                (text, number) for number, (text, _) in zip(numbers, self._listeners, strict=True)
+                (text, number)
+                for number, (text, _, _) in zip(numbers, self._listeners, strict=True)
             ],
+            pems=self._pems(),
         )
+
+    def _pems(self) -> list[Pem | None]:
+        return [
+            None if certificate is None else certificate.loaded.pem
+            for _, _, certificate in self._listeners
+        ]
 
     def _cannot_start(self, failure: Failure) -> None:
         tell_why_not_started(failure)
@@ -179,14 +194,14 @@ class Supervisor(logs.LoggingService):
         """Read the configuration again, and pass it on if it is good."""
         if not self._serving:
             return
-        fresh = read_again(self._load, self.config, self.backends)
+        fresh = read_again(self._load, self.config, self.backends, self.certificates)
         if fresh is None:
             return
         self.metrics.set_models(fresh.backends)
         self._health.update(self.backends.all())
         # What takes a restart must not come with a worker that is started again.
         self._in_force = replace(self.config, backends=fresh.backends, prices=fresh.prices)
-        self.workers.send("reload", config=config_to_json(self._in_force))
+        self.workers.send("reload", config=config_to_json(self._in_force), pems=self._pems())
 
     # -- stop ------------------------------------------------------------------------------
 

@@ -134,12 +134,12 @@ def _is_untrusted(reason: object) -> bool:
 
 
 def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:
-    """The real connections to `backend`. Raises ConfigError when its `ca_file` can't be used."""
+    """The real connections to `backend`. Raises ConfigError when its certificates can't be used."""
     url = EncodedURL.from_text(backend.url)
     origin = url.replace(path=()).to_text().encode("ascii")
     endpoint = _endpoint(url, reactor, timeout_connect)
     if url.scheme == "https":
-        sessions = tls.Sessions(backend, url.host, url.port or 443)
+        sessions = tls.Sessions(backend, url.host)
         agent = BackendAgent(
             origin, wrapClientTLS(sessions, endpoint), reactor, served=sessions.remember
         )

@@ -37,6 +37,7 @@ from llmproxy.garbage import collect_rarely
 from llmproxy.loads import Loads
 from llmproxy.proxy import Proxy, open_port
 from llmproxy.reactor import install
+from llmproxy.server_tls import Certificate, Loaded, Pem
 from llmproxy.sharing import Adopting, adoptable
 from llmproxy.site import Site
 from llmproxy.stores import SHARED_POLL_S, Stores
@@ -53,7 +54,8 @@ log = Logger("llmproxy.worker")
 class WorkerProxy(Proxy):
     """A proxy on sockets that are open already, without an admin site and without health checks.
 
-    `listeners` are the public endpoints' texts with the descriptors of their sockets. Worker 0
+    `listeners` are the public endpoints' texts without TLS, with the descriptors of their sockets;
+    `pems` has the certificate of each, or None where there is no TLS. Worker 0
     delivers the bills of all, where there is something to deliver; see `linger`. It calls
     `on_serving` once it serves, or `on_failure`, and then `why_not` says why it does not.
     """
@@ -63,6 +65,7 @@ class WorkerProxy(Proxy):
         settings: Config,
         number: int,
         listeners: list[tuple[str, int]],
+        pems: list[Pem | None],
         loads: Loads,
         reactor: Any,
     ) -> None:
@@ -74,16 +77,16 @@ class WorkerProxy(Proxy):
         self.on_serving: Callable[[], None] = lambda: None
         self._number, self._loads = number, loads
         self._listeners = listeners
+        self._certificates = [None if pem is None else Certificate(Loaded.of(pem)) for pem in pems]
         self._last: Deferred[None] | None = None
 
-    def put_in_force(self, settings: Config) -> None:
-        """Take over the backends of a configuration that the supervisor has found good."""
-        try:
-            self.backends.swap(settings.backends)
-        except ConfigError as error:  # a file that has gone since
-            log.error("not reloaded: {reason}", reason=str(error))
-        else:
-            self._take_over(settings)
+    def put_in_force(self, settings: Config, pems: list[Pem | None]) -> None:
+        """Take over the backends and certificates that the supervisor has found good."""
+        self.backends.swap(settings.backends)
+        self._take_over(settings)
+        for certificate, pem in zip(self._certificates, pems, strict=True):
+            if certificate is not None and pem is not None and pem != certificate.loaded.pem:
+                certificate.loaded = Loaded.of(pem)
 
     def linger(self) -> None:
         """Keep the stores open, and deliver, until `leave`: others still have bills to write."""
@@ -106,9 +109,12 @@ class WorkerProxy(Proxy):
             site.on_count(len(site.connections))
             return self._loads.take_turn(self._number)
 
-        for text, descriptor in self._listeners:
+        for (text, descriptor), certificate in zip(
+            self._listeners, self._certificates, strict=True
+        ):
             adopting = Adopting(self._reactor, descriptor, my_turn)
-            self.ports.append(await open_port(adopting, adoptable(text), site))
+            factory = site if certificate is None else certificate.over(site, self._reactor)
+            self.ports.append(await open_port(adopting, adoptable(text), factory))
 
     def _announce(self) -> None:
         self.on_serving()
@@ -160,7 +166,7 @@ class WorkerProcess:
         self._stopping = False
         self._reactor = reactor
         self._proxy: WorkerProxy | None = None
-        self._fresh: Config | None = None
+        self._fresh: tuple[Config, list[Pem | None]] | None = None
         self._reports = LoopingCall(self._report)
         self._link = Link(self._heard)
         self._link.gone.addCallback(lambda _: self._alone())
@@ -178,7 +184,7 @@ class WorkerProcess:
             case "start":
                 self._start(**message)
             case "reload":
-                self._reload(config_from_json(message["config"]))
+                self._reload(config_from_json(message["config"]), _pems(message["pems"]))
             case "stop":
                 if self._proxy is not None and message["linger"]:
                     self._proxy.linger()
@@ -188,27 +194,31 @@ class WorkerProcess:
             case "leave" if self._proxy is not None:
                 self._proxy.leave()
 
-    def _start(self, number: int, config: Mapping[str, Any], listeners: list[Any]) -> None:
+    def _start(
+        self, number: int, config: Mapping[str, Any], listeners: list[Any], pems: list[Any]
+    ) -> None:
         settings = config_from_json(config)
         observer = logs.observer(sys.stdout, settings.log_format, settings.log_level)
         observer.gather(self._reactor)
         globalLogBeginner.beginLoggingTo([logs.of_worker(number, observer)])
-        self._proxy = proxy = WorkerProxy(settings, number, listeners, Loads(LOADS), self._reactor)
+        self._proxy = proxy = WorkerProxy(
+            settings, number, listeners, _pems(pems), Loads(LOADS), self._reactor
+        )
         proxy.on_serving, proxy.on_failure = self._ready, self._cannot_start
         proxy.startService()
 
     def _ready(self) -> None:
         if self._proxy is not None and self._fresh is not None:
-            self._proxy.put_in_force(self._fresh)
+            self._proxy.put_in_force(*self._fresh)
         self._tell("ready")
         collect_rarely()
         self._reports.clock = self._reactor
         self._reports.start(REPORT_S, now=False)
 
-    def _reload(self, fresh: Config) -> None:
-        self._fresh = fresh
+    def _reload(self, settings: Config, pems: list[Pem | None]) -> None:
+        self._fresh = settings, pems
         if self._proxy is not None and self._reports.running:
-            self._proxy.put_in_force(fresh)
+            self._proxy.put_in_force(*self._fresh)
 
     def _cannot_start(self) -> None:
         assert self._proxy is not None
@@ -248,6 +258,10 @@ class WorkerProcess:
             await self._link.gone.addTimeout(LAST_REPORT_S, self._reactor)
         except DeferTimeoutError:
             log.warn("the supervisor does not listen")
+
+
+def _pems(given: list[Any]) -> list[Pem | None]:
+    return [None if each is None else Pem(*each) for each in given]
 
 
 def main() -> None:

@@ -569,9 +569,10 @@ class ScriptedBackend:
         port, self._port = self._port, None
         if port is not None:
             await port.stopListening()
-        for connection in self.open_connections:
-            connection.transport.abortConnection()
-            await connection.when_closed()
+        for connection in self.connections:
+            if connection.closed is None:  # it may have ended while the one before was waited for
+                connection.transport.abortConnection()
+                await connection.when_closed()
 
     async def __aenter__(self) -> ScriptedBackend:
         self.listen()

@@ -248,11 +248,14 @@ def add_keys(database: Path) -> None:
 async def running_proxy(
     folder: Path, backends: Mapping[str, Mapping[str, Any]], **settings: Any
 ) -> AsyncIterator[ProxyHandle]:
-    """A proxy with these backends (`device` is "gpu" unless given) and settings."""
+    """A proxy with these backends (`device` is "gpu" unless given) and settings; None: without
+    one of `BASE`."""
     database = folder / "db.sqlite"
     add_keys(database)
     named = {name: {"device": "gpu", **backend} for name, backend in backends.items()}
-    mapping = {**BASE, "db": {"uri": f"sqlite://{database}"}, **settings, "backends": named}
+    usual = {**BASE, "db": {"uri": f"sqlite://{database}"}}
+    given = {name: each for name, each in (usual | settings).items() if each is not None}
+    mapping = {**given, "backends": named}
     proxy = Proxy(lambda: config.parse(mapping, folder), reactor)
     proxy.startService()
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import self_signed
 
 from llmproxy import config
 from llmproxy.config import Backend, Config, Database, LedgerConfig, PriceEntry
@@ -17,6 +18,8 @@ from llmproxy.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 BACKEND = {"url": "http://gpu1:8000", "device": "H100"}
+PEM = self_signed().strip()
+CERTIFICATE, KEY = PEM.split("\n\n")
 
 
 def parse(text: str, **options: Any) -> Config:
@@ -72,7 +75,9 @@ def test_every_setting_is_read() -> None:
     device = "H100"
     model = "other/name"
     verify_ssl = false
-    ca_file = "ca.pem"
+    ca_file = "a.pem"
+    client_cert_file = "b.pem"
+    client_key_file = "b.key"
     timeout = 7
     max_model_len = 9
     usage = "continuous"
@@ -80,7 +85,8 @@ def test_every_setting_is_read() -> None:
     drain_timeout = 8
     drain_max_tokens = 10
     """
-    assert parse(text) == Config(
+    files = {"a.pem": CERTIFICATE, "b.pem": CERTIFICATE, "b.key": KEY}
+    assert parse(text, read_text=lambda path: files[str(path)]) == Config(
         log_level="DEBUG",
         log_format="json",
         workers=4,
@@ -106,7 +112,9 @@ def test_every_setting_is_read() -> None:
                 device="H100",
                 model="other/name",
                 verify_ssl=False,
-                ca_file=Path("ca.pem"),
+                ca=CERTIFICATE,
+                client_cert=CERTIFICATE,
+                client_key=KEY,
                 timeout=7.0,
                 max_model_len=9,
                 usage="continuous",
@@ -453,18 +461,58 @@ def test_a_file_that_is_no_toml_is_refused_by_name(
 
 def test_unreadable_certificates_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(
-        'cert = "c.pem"\nkey = "."\n[backends."a/b"]\n'
-        'url = "https://h"\ndevice = "d"\nca_file = "ca.pem"\n'
-    )
+    path.write_text('cert = "c.pem"\nkey = "."\n')
     with pytest.raises(ConfigError) as caught:
         config.load(path, {})
     assert str(caught.value).splitlines() == [
         f'cert: can\'t read "{tmp_path}/c.pem": No such file or directory',
         f'key: can\'t read "{tmp_path}": Is a directory',
-        f'backends."a/b".ca_file: can\'t read "{tmp_path}/ca.pem": No such file or directory',
     ]
     assert config.load(path, {}, check=False).cert == tmp_path / "c.pem"
+
+
+OTHER = self_signed().strip().split("\n\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"ca": "garbage"}, "ca: expected certificates in PEM"),
+        ({"ca": PEM.replace("E", "F")}, "ca: expected certificates in PEM"),
+        ({"ca": KEY}, "ca: expected certificates in PEM"),
+        ({"client_cert": CERTIFICATE}, "client_key: missing, as client_cert is given"),
+        ({"client_key": KEY}, "client_cert: missing, as client_key is given"),
+        (
+            {"client_cert": CERTIFICATE, "client_key": CERTIFICATE},
+            "client_key: expected a private key in PEM, without a password",
+        ),
+        (
+            {"client_cert": CERTIFICATE, "client_key": OTHER[1]},
+            "client_key: the key is not that of the first certificate",
+        ),
+        (
+            {"client_cert": f"{OTHER[0]}\n{CERTIFICATE}", "client_key": KEY},
+            "client_key: the key is not that of the first certificate",
+        ),
+    ],
+)
+def test_certificates_of_a_backend_that_can_not_be_used_are_named(settings, error) -> None:
+    assert backend_errors(**settings) == [f"backends.m.{error}"]
+
+
+def test_a_backend_s_certificates_are_read_from_their_files(tmp_path: Path) -> None:
+    for name, content in (("c", CERTIFICATE), ("k", KEY)):
+        (tmp_path / name).write_text(content)
+    text = '[backends.m]\nurl = "https://h"\ndevice = "d"\n'
+    found = parse(
+        f'{text}ca_file = "c"\nclient_cert_file = "c"\nclient_key_file = "k"', base=tmp_path
+    )
+    assert found.backends["m"].client_key == KEY
+    assert KEY not in repr(found)
+    assert errors_of(f'{text}client_cert_file = "k"\nclient_key_file = "x"', base=tmp_path) == [
+        "backends.m.client_cert_file: expected certificates in PEM",
+        f'backends.m.client_key_file: can\'t read "{tmp_path}/x": No such file or directory',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -540,7 +588,7 @@ def test_every_default_in_the_shipped_example_is_true() -> None:
 def test_the_shipped_example_of_a_backend_is_valid() -> None:
     examples = config.default_text().partition("# The backends:")[2]
     lines = [line[1:] for line in examples.splitlines() if re.match(r"#(\w+ =|\[)", line)]
-    text = "\n".join(line for line in lines if not line.startswith(("token_file", "ca_file")))
+    text = "\n".join(line for line in lines if not line.startswith(("token_file", "ca", "client_")))
     assert parse(text).backends.keys() == {
         "meta-llama/Llama-3.1-8B-Instruct",
         "qwen",

@@ -7,10 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from certificates import self_signed
 
 from llmproxy import config
 from llmproxy.control import Decoder, config_from_json, config_to_json, encode
 
+PEM = self_signed()
 EVERYTHING = """
 log_level = "debug"
 log_format = "json"
@@ -42,6 +44,8 @@ model = "other/name"
 aliases = ["a", "b c"]
 verify_ssl = false
 ca_file = "ca.pem"
+client_cert_file = "client.pem"
+client_key_file = "client.pem"
 timeout = 7
 usage = "continuous"
 on_disconnect = "cancel"
@@ -70,7 +74,7 @@ def test_messages_come_out_as_they_went_in_however_they_are_split():
     ids=["defaults", "everything", "certificate", "sqlite", "/v1 twice"],
 )
 def test_a_configuration_is_handed_over_as_it_is(text):
-    settings = config.parse(tomllib.loads(text), Path("/etc/llmproxy"))
+    settings = config.parse(tomllib.loads(text), Path("/etc/llmproxy"), read_text=lambda path: PEM)
     handed = json.loads(json.dumps(config_to_json(settings)))
     assert config_from_json(handed) == settings
 

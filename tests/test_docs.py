@@ -155,6 +155,7 @@ def exposed() -> dict[str, set[str]]:
     backend.error("refused")
     backend.billed(dict.fromkeys(Kind, 1))
     metrics.backend_up("m", True)
+    metrics.certificate("c.pem", 0.0)
     found = {}
     for family in text_string_to_metric_families(metrics.exposition().decode()):
         labels = {name for sample in family.samples for name in sample.labels} - {"le"}

@@ -58,6 +58,7 @@ def test_every_promised_name_is_exposed_with_its_type(counted):
         "llmproxy_ledger_pending": "gauge",
         "llmproxy_delivery_backlog_rows": "gauge",
         "llmproxy_delivery_backlog_age_seconds": "gauge",
+        "llmproxy_certificate_expiry_seconds": "gauge",
         "llmproxy_build_info": "gauge",
         "llmproxy_workers": "gauge",
         "llmproxy_worker_restarts": "counter",

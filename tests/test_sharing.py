@@ -21,6 +21,7 @@ from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from llmproxy.proxy import open_port, stopped
+from llmproxy.server_tls import Certificate, Loaded, Pem
 from llmproxy.sharing import Adopting, accept_few, adoptable, hold
 
 # The global reactor has no type of its own: it is whichever was installed.
@@ -56,7 +57,7 @@ class Shared:
         self.ports: list[IListeningPort] = []
 
     async def adopt(
-        self, greeter: Greeter, my_turn: Callable[[], bool] = lambda: True
+        self, greeter: Any, my_turn: Callable[[], bool] = lambda: True
     ) -> IListeningPort:
         adopting = Adopting(reactor, os.dup(self._descriptor), my_turn)
         self.ports.append(await open_port(adopting, adoptable(self.text), greeter))
@@ -172,13 +173,12 @@ async def test_a_unix_socket_keeps_its_file_and_mode_until_its_holder_stops(tmp_
     assert not path.exists()
 
 
-@pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")  # Twisted does
 @pytest_twisted.ensureDeferred
-async def test_tls_is_spoken_on_a_socket_that_was_opened_for_it(tmp_path: Path):
+async def test_tls_is_spoken_on_a_socket_that_was_opened_without_it(tmp_path: Path):
     file = make_certificate(tmp_path)
-    text = quoteStringArgument(str(file))
-    shared = await share(f"ssl:0:interface=127.0.0.1:privateKey={text}:certKey={text}")
-    await shared.adopt(Greeter(b"one"))
+    pem = file.read_text()
+    shared = await share("tcp:0:interface=127.0.0.1")
+    await shared.adopt(Certificate(Loaded.of(Pem(pem, pem))).over(Greeter(b"one"), reactor))
     trusting = ssl.create_default_context(cafile=file)
     assert await deferToThread(ask, address_of(shared), tls=trusting) == b"one"
     await shared.close()
