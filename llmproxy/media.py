@@ -30,13 +30,14 @@ _MEDIA = frozenset(
 # Lists whose items may be of several types.
 _MIXED = frozenset(["messages", "content"])
 # Servers of tools, in the dialects of responses and of messages.
-_TOOLS = frozenset(["tools", "mcp_servers"])
+_TOOLS = {"tools": "server_url", "mcp_servers": "url"}
+_LOOKED_INTO = _MEDIA | _WITHIN
 _HAS_URL = _MEDIA | {"source", "file"}
 _FETCHED = _MEDIA | {f"{name}.url" for name in _HAS_URL}
-_ROOTS, _TEXT_ROOTS = _CONTENT | _MEDIA | _TOOLS, _TEXTS | _MEDIA
+_ROOTS, _TEXT_ROOTS = _CONTENT | _MEDIA, _TEXTS | _MEDIA
 
 #: Fields of a body that are looked into.
-NAMES = _ROOTS | _TEXT_ROOTS
+NAMES = _TEXT_ROOTS.union(_TOOLS)
 
 # Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
 _EMBEDDING = Shape.EMBEDDING
@@ -49,56 +50,40 @@ def remote_url(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
     the URL of a server of tools.
     """
     roots = _TEXT_ROOTS if endpoint.shape is _EMBEDDING else _ROOTS
-    waiting = [(name, value) for name, value in body.items() if name in roots]
+    waiting = [(name, [value]) for name, value in body.items() if name in roots]
     while waiting:
-        name, value = waiting.pop()
-        kind = type(value)
-        if name in _TOOLS:
-            if (found := _tool_server(name, value)) is not None:
-                return found
-        elif kind is list:
-            waiting += _parts(name, value)
-        elif kind is dict:
-            waiting += _fields(name, value)
-        elif kind is str and name in _FETCHED and _is_remote(name, value):
-            return name
-    return None
+        name, values = waiting.pop()
+        is_fetched = name in _FETCHED
+        for value in values:
+            kind = type(value)
+            if kind is str:
+                if is_fetched and _is_remote(name, value):
+                    return name
+            elif kind is dict:
+                if not _is_plain(value):
+                    waiting += _fields(name, value)
+            elif kind is list and not _is_tokens(name, value):
+                waiting.append((name, value))
+    return None if _TOOLS.keys().isdisjoint(body) else _tool_server(body)
 
 
-def _tool_server(name: str, tools: object) -> str | None:
-    key = "server_url" if name == "tools" else "url"
-    listed = tools if isinstance(tools, list) else [tools]
-    if any(type(tool) is dict and tool.get(key) is not None for tool in listed):
-        return f"{name}.{key}"
-    return None
-
-
-def _parts(name: str, values: list[Any]) -> list[tuple[str, Any]]:
-    if name in _FETCHED:
-        return [(name, value) for value in values]
-    if name not in _MIXED and values and type(values[0]) is int:  # tokens
-        return []
-    return [(name, value) for value in values if type(value) is not str and not _is_plain(value)]
-
-
-def _is_plain(part: object) -> bool:
+def _is_plain(part: dict[str, Any]) -> bool:
     """Whether it is like most messages: to know it saves half of the time."""
-    return (
-        type(part) is dict
-        and len(part) == 2
-        and "role" in part
-        and type(part.get("content")) is str
-    )
+    return len(part) == 2 and "role" in part and type(part.get("content")) is str
 
 
-def _fields(parent: str, part: dict[str, Any]) -> list[tuple[str, Any]]:
+def _is_tokens(name: str, values: list[Any]) -> bool:
+    return bool(values) and type(values[0]) is int and name not in _MIXED
+
+
+def _fields(parent: str, part: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     found = []
     for key, value in part.items():
         name = key.casefold()  # servers in Go take any case
-        if name in _MEDIA or name in _WITHIN:
-            found.append((name, value))
+        if name in _LOOKED_INTO:
+            found.append((name, [value]))
         elif name == "url" and parent in _HAS_URL:
-            found.append((f"{parent}.url", value))
+            found.append((f"{parent}.url", [value]))
     return found
 
 
@@ -106,3 +91,12 @@ def _is_remote(name: str, value: str) -> bool:
     if name == "file_data" and ":" not in value[:64]:
         return False  # base64 as it is
     return not value.startswith("data:")
+
+
+def _tool_server(body: Mapping[str, Any]) -> str | None:
+    for name, key in _TOOLS.items():
+        listed = body.get(name)
+        for tool in listed if isinstance(listed, list) else [listed]:
+            if type(tool) is dict and tool.get(key) is not None:
+                return f"{name}.{key}"
+    return None

@@ -104,8 +104,8 @@ def check(endpoint: Endpoint, body: Mapping[str, Any], backend: Backend) -> None
     _check_amount(endpoint, body, backend)
     if not backend.media_urls and (name := media.remote_url(endpoint, body)) is not None:
         raise BadRequest(
-            f"{name!r} must be a 'data:' URL, with the content itself in it: for this model nothing"
-            " is fetched from other URLs.",
+            f"{name!r} would have the model's server fetch something, which is not allowed for this"
+            " model: send the content itself, in a 'data:' URL.",
             param=name,
         )
 
