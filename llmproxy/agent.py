@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
     IConsumer,
@@ -48,6 +48,8 @@ MAX_HEADER = 64 * 1024
 IDLE_S = 4.0
 #: How many idle connections are kept.
 MAX_IDLE = 1024
+#: How much of a body in memory is written at once.
+PIECE = 64 * 1024
 
 
 class BadAnswer(Exception):
@@ -70,29 +72,50 @@ _IDENTITY = (b"identity", b"")
 
 @implementer(IBodyProducer)
 class BytesBody:
-    """A request body that is in memory. `on_sent` is called once it is written."""
+    """A request body that is in memory. `on_sent` is called once it is on its way.
 
-    __slots__ = ("data", "length", "on_sent")
+    It goes in pieces, at the pace of the connection: as one, each buffer would have a copy of it.
+    """
+
+    __slots__ = ("_consumer", "_done", "_paused", "_position", "data", "length", "on_sent")
 
     def __init__(self, data: bytes) -> None:
         self.length = len(data)
         self.data = data
         self.on_sent: Callable[[], None] = nothing
+        self._consumer: IConsumer | None = None
+        self._done: Deferred[None] | None = None
+        self._position = 0
+        self._paused = False
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """Write it in one piece."""
-        consumer.write(self.data)
+        """See `IBodyProducer.startProducing`."""
+        self._consumer = consumer
+        done: Deferred[None] = Deferred()
+        self._done = done
         self.on_sent()
-        return succeed(None)
+        self.resumeProducing()
+        return done
 
     def pauseProducing(self) -> None:
-        """All is written already."""
+        """The connection is slower than we are."""
+        self._paused = True
 
     def resumeProducing(self) -> None:
-        """All is written already."""
+        """The connection takes more."""
+        self._paused = False
+        while self._consumer is not None and not self._paused:
+            piece = self.data[self._position : self._position + PIECE]
+            self._position += len(piece)
+            self._consumer.write(piece)
+            if self._position >= self.length and self._done is not None:
+                self.stopProducing()
+                self._done.callback(None)
 
     def stopProducing(self) -> None:
-        """All is written already."""
+        """Nobody wants more of it; it is in memory no longer."""
+        self._consumer = None
+        self.data = b""
 
 
 def nothing() -> None:
@@ -193,7 +216,7 @@ class Connection(Protocol):
         if body is None:
             self._sent = True
             self.wire.write(head)
-        elif isinstance(body, BytesBody):  # one piece, and nothing to wait for
+        elif isinstance(body, BytesBody) and body.length <= PIECE:  # nothing to wait for
             self._sent = True
             self.wire.write(head + body.data)
             body.on_sent()

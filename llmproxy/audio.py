@@ -101,8 +101,7 @@ class FormRewriter:
         self._header = b""
         self._parts = 0
         self._seen: set[str] = set()
-        self._out: list[bytes] = []
-        self._held = 0
+        self._out = bytearray()  # pieces of a few bytes each would take many times their size
         self._hold_limit = hold_limit
         self._backend_model: str | None = None
 
@@ -137,16 +136,13 @@ class FormRewriter:
         return self._release()
 
     def _release(self) -> bytes:
-        released = b"".join(self._out)
+        released = bytes(self._out)
         self._out.clear()
-        self._held = 0
         return released
 
     def _emit(self, data: bytes) -> None:
-        if data:
-            self._out.append(data)
-            self._held += len(data)
-        if self.model is None and self._held > self._hold_limit:
+        self._out += data
+        if self.model is None and len(self._out) > self._hold_limit:
             raise BodyTooLarge("Send the 'model' field before the file: the form is too long.")
 
     def _field(self, name: str, value: str) -> bytes:

@@ -13,7 +13,7 @@ from zope.interface import implementer
 
 from llmproxy.audio import FormRewriter
 from llmproxy.errors import BackendTimeout
-from llmproxy.upload import Upload, too_large
+from llmproxy.upload import HIGH_WATER, Upload, too_large
 
 
 @implementer(IBodyProducer)
@@ -78,17 +78,19 @@ class Form:
         return self._sent
 
     async def _run(self, consumer: IConsumer) -> None:
-        if self._ready:  # an empty chunk would be the end of the body
-            consumer.write(self._ready)
-            self._ready = b""
+        ready, self._ready = self._ready, b""
+        for start in range(0, len(ready), HIGH_WATER):
+            await self._write(consumer, ready[start : start + HIGH_WATER])
         while (data := await self._next()) is not None:
-            part = self._rewriter.feed(data)
-            if part:
-                consumer.write(part)
-            if self._gate is not None:
-                await self._opening(self._gate)
+            await self._write(consumer, self._rewriter.feed(data))
         consumer.write(self._rewriter.finish())
         self.on_sent()
+
+    async def _write(self, consumer: IConsumer, data: bytes) -> None:
+        if data:  # an empty chunk would be the end of the body
+            consumer.write(data)
+        if self._gate is not None:
+            await self._opening(self._gate)
 
     async def _opening(self, gate: Deferred[None]) -> None:
         # A held-up client can't even be seen to leave, so nothing else would end this.

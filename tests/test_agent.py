@@ -21,17 +21,35 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from llmproxy.agent import IDLE_S, MAX_HEADER, BackendAgent, BytesBody, CodedAnswer, Connection
+from llmproxy.agent import (
+    IDLE_S,
+    MAX_HEADER,
+    PIECE,
+    BackendAgent,
+    BytesBody,
+    CodedAnswer,
+    Connection,
+)
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nabc"
 
 
 class Wire(StringTransport):
-    """One connection's transport: `gone` when our side has closed it."""
+    """One connection's transport: `gone` when our side has closed it.
 
-    def __init__(self) -> None:
+    pauses_after: so many bytes of a body it takes, then it is full.
+    """
+
+    def __init__(self, pauses_after: int | None = None) -> None:
         super().__init__()
         self.gone = False
+        self.pauses_after = pauses_after
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        body = self.value().partition(b"\r\n\r\n")[2]
+        if self.pauses_after is not None and len(body) >= self.pauses_after and self.producer:
+            self.producer.pauseProducing()
 
     def abortConnection(self) -> None:
         self.gone = True
@@ -45,13 +63,14 @@ class Endpoint:
         self.wires: list[Wire] = []
         self.connections: list[Connection] = []
         self.error: Exception | None = None
+        self.pauses_after: int | None = None
         self.fileno: Callable[[], int] | None = None
 
     def connect(self, factory: Factory) -> Deferred[Any]:
         if self.error is not None:
             raise self.error
         connection: Any = factory.buildProtocol(None)
-        wire: Any = Wire()
+        wire: Any = Wire(self.pauses_after)
         if self.fileno is not None:
             wire.fileno = self.fileno
         self.wires.append(wire)
@@ -497,3 +516,32 @@ def test_an_answer_before_the_end_of_the_body_leaves_no_connection(rig: Rig) -> 
     pieces.sent.callback(None)
     rig.ask()
     assert len(rig.endpoint.wires) == 2
+
+
+def test_a_large_body_goes_at_the_connections_pace_and_is_kept_no_longer_than_needed(
+    rig: Rig,
+) -> None:
+    body, sent = BytesBody(bytes(10 * PIECE + 1)), []
+    body.on_sent = lambda: sent.append(True)
+    rig.endpoint.pauses_after = 3 * PIECE
+    rig.ask(body)
+    wire = rig.endpoint.wires[0]
+    assert sent == [True]
+    head, _, written = wire.value().partition(b"\r\n\r\n")
+    assert b"Content-Length: 655361" in head
+    assert len(written) == 3 * PIECE
+    wire.pauses_after = None
+    wire.producer.resumeProducing()  # type: ignore[union-attr]
+    assert wire.value().partition(b"\r\n\r\n")[2] == bytes(10 * PIECE + 1)
+    assert wire.producer is None
+    assert body.data == b""
+
+
+def test_a_large_body_that_nobody_wants_any_more_is_dropped(rig: Rig) -> None:
+    body = BytesBody(bytes(10 * PIECE))
+    rig.endpoint.pauses_after = PIECE
+    answers = rig.ask(body)
+    rig.receive(OK)
+    answers[0].deliverBody(Body())
+    assert body.data == b""
+    assert rig.endpoint.wires[0].gone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import re
 import time
+import tracemalloc
 from itertools import pairwise
 
 import orjson
@@ -151,6 +152,20 @@ def test_any_size_after_the_model_is_taken(step):
     body = form(MODEL, upload(b"x" * 5000))
     rewriter = FormRewriter(BOUNDARY, hold_limit=1000)
     rewrite(body, list(range(step, len(body), step)), rewriter)
+
+
+def test_what_is_held_back_takes_no_more_memory_than_it_is_long():
+    size = 200_000
+    rewriter = FormRewriter(BOUNDARY)
+    tracemalloc.start()
+    try:
+        rewriter.feed(b"--" + BOUNDARY + b"\r\n" + upload(b""))
+        for _ in range(size // 4):
+            rewriter.feed(b"abcd")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * size
 
 
 LINE = b"--" + BOUNDARY + b"\r\n"
