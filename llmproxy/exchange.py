@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from llmproxy import audio, dialects, headers, policy, rewrite
 from llmproxy.agent import BytesBody
@@ -36,14 +37,16 @@ from llmproxy.errors import (
 from llmproxy.form import Form
 from llmproxy.forward import Ending, Forward, Order, Timing
 from llmproxy.framing import Fields
+from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.limits import Limits
 from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow
+from llmproxy.outline import Outliner
 from llmproxy.prices import PriceList
 from llmproxy.storage import ILedger
-from llmproxy.upload import ClientGone
+from llmproxy.upload import BLOCK, ClientGone
 from llmproxy.upstream import NotSent
 
 if TYPE_CHECKING:
@@ -168,11 +171,8 @@ class Exchange:
         if headers.media_type(sent) != b"application/json":
             raise UnsupportedMediaType("Content-Type must be application/json.")
         config, endpoint = self._services.config, self._endpoint
-        upload = self._request.upload
-        raw = upload.at_once(config.max_json_body)
-        if raw is None:
-            raw = await upload.read(config.max_json_body, config.timeout_read)
-        request = rewrite.plan(endpoint, raw)
+        raw = self._request.upload.at_once(config.max_json_body)
+        request = rewrite.plan(endpoint, raw) if raw is not None else await self._json_request()
         self._model = request.model
         route = self._services.backends.find(request.model, account.models)
         backend = route.backend
@@ -197,6 +197,24 @@ class Exchange:
             read=lambda answer: read_answer(endpoint.shape, answer),
             meter=meter,
         )
+
+    async def _json_request(self) -> rewrite.JSONRequest:
+        """The request in a body that has still to come, or that is large."""
+        config, outliner = self._services.config, Outliner()
+        try:
+            raw = await self._request.upload.read(
+                config.max_json_body, config.timeout_read, outliner.feed
+            )
+            if len(raw) < BLOCK:
+                return rewrite.plan(self._endpoint, raw)
+            outline = outliner.finish()
+        except InvalidJSON as error:
+            raise rewrite.refusal(error) from None
+        # Each of these steps takes some ms: the streams of others go on between them.
+        await deferLater(self._services.clock, 0)
+        request = rewrite.plan(self._endpoint, raw, outline)
+        await deferLater(self._services.clock, 0)
+        return request
 
     async def _admit_form(self, sent: Fields, account: Account) -> Order:
         config = self._services.config

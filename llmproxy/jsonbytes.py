@@ -12,6 +12,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
+#: From so many bytes on, parts of a text are no longer copied.
+LARGE = 64 * 1024
+#: Most members that an object may have whose members are looked for.
+MAX_MEMBERS = 1000
+
 
 class InvalidJSON(ValueError):
     """These bytes are not a JSON object (RFC 8259). The text shows nothing of them."""
@@ -48,9 +53,10 @@ def _reason(error: ValueError) -> str:
     return "it can't be read"
 
 
+#: A string, as a pattern for `re.DOTALL`.
 # First as quickly as `re` goes: a quote behind a single backslash is not the end, and one behind
 # another character is. The second half is for any string: with a quote behind more backslashes.
-_STRING = (
+STRING = (
     rb'"(?:[^"]*+(?:"(?<=[^\\]\\")[^"]*+)*+"(?<!\\")'
     rb'|[^"\\]*+(?:\\.[^"\\]*+)*+")'
 )
@@ -61,23 +67,24 @@ _OTHER = rb'[^"{}\[\]]*+'
 def _balanced(depth: int) -> bytes:
     """A pattern for what can stand between brackets, with up to `depth` levels of its own."""
     deeper = rb"|[{\[]" + _balanced(depth - 1) + rb"[}\]]" if depth else b""
-    return _OTHER + rb"(?:(?:" + _STRING + deeper + rb")" + _OTHER + rb")*+"
+    return _OTHER + rb"(?:(?:" + STRING + deeper + rb")" + _OTHER + rb")*+"
 
 
-# Eight levels in one match: real requests are skipped without a step in Python. Deeper ones cost
-# each byte at most eight looks, so the scan stays linear.
-_NEXT_BRACKET = re.compile(_balanced(8) + rb"([{\[]|[}\]])", re.DOTALL)
-# One member after the other: key, value, the last one's brace. Deeper ones are no members here, but
-# a last match without a key.
+_NEXT_BRACKETS = re.compile(
+    _OTHER + rb"(?:" + STRING + _OTHER + rb")*+(?:([{\[]++)|([}\]]++))", re.DOTALL
+)
+# One member after the other: key, value, the last one's brace. Real requests have no more than
+# eight levels, and are read without a step in Python for each bracket. Deeper ones are no members
+# here, but a last match without a key.
 _MEMBER = re.compile(
-    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + _STRING + rb")" + _SPACE + rb":" + _SPACE
-    + rb"(" + _STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + _balanced(8) + rb"[}\]])"
+    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + STRING + rb")" + _SPACE + rb":" + _SPACE
+    + rb"(" + STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + _balanced(8) + rb"[}\]])"
     + _SPACE + rb"(?:," + _SPACE + rb"|(\})" + _SPACE + rb"\Z)|.++",
     re.DOTALL,
 )  # fmt: skip
 _OPEN = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*")
-_KEY = re.compile(rb"(" + _STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
-_SCALAR = re.compile(_STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
+_KEY = re.compile(rb"(" + STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
+_SCALAR = re.compile(STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
 _NEXT = re.compile(rb"[ \t\r\n]*(?:,[ \t\r\n]*|(\}))")
 
 
@@ -85,13 +92,13 @@ def members(raw: bytes) -> list[Member]:
     """The top-level members of a JSON object, in order, duplicates too.
 
     `raw` must be valid JSON (see `parse_object`): this only finds places. Raises InvalidJSON
-    where it can't follow. Linear in time.
+    where it can't follow, and for too many of them. Linear in time.
     """
     found: list[Member] = []
     for match in _MEMBER.finditer(raw):
         if match[1] is None:
             break
-        found.append(Member(_decode(match[1]), match.start(1), match.start(2), match.end(2)))
+        _append(found, match[1], match.start(1), match.start(2), match.end(2))
         if match[3]:
             return found
     return _members_at_any_depth(raw)
@@ -105,11 +112,22 @@ def _members_at_any_depth(raw: bytes) -> list[Member]:
     while True:
         key = _match(_KEY, raw, position)
         value_end = _end_of_value(raw, key.end())
-        found.append(Member(_decode(key[1]), position, key.end(), value_end))
+        _append(found, key[1], position, key.end(), value_end)
         following = _match(_NEXT, raw, value_end)
         if following[1]:
             return found
         position = following.end()
+
+
+def _append(found: list[Member], key: bytes, start: int, value_start: int, end: int) -> None:
+    if len(found) == MAX_MEMBERS:
+        raise too_many_members()
+    found.append(Member(_decode(key), start, value_start, end))
+
+
+def too_many_members() -> InvalidJSON:
+    """The error for an object with more than MAX_MEMBERS of them."""
+    return InvalidJSON(f"too complex: it has more than {MAX_MEMBERS} fields")
 
 
 def _match(pattern: re.Pattern[bytes], raw: bytes, position: int) -> re.Match[bytes]:
@@ -122,13 +140,16 @@ def _match(pattern: re.Pattern[bytes], raw: bytes, position: int) -> re.Match[by
 def _end_of_value(raw: bytes, position: int) -> int:
     if raw[position : position + 1] not in (b"{", b"["):
         return _match(_SCALAR, raw, position).end()
-    position += 1
-    depth = 1
-    while depth:
-        bracket = _match(_NEXT_BRACKET, raw, position)
-        depth += 1 if bracket[1] in b"{[" else -1
-        position = bracket.end()
-    return position
+    depth = 0
+    while True:
+        brackets = _match(_NEXT_BRACKETS, raw, position)
+        position = brackets.end()
+        if brackets[1]:
+            depth += len(brackets[1])
+            continue
+        depth -= len(brackets[2])
+        if depth <= 0:
+            return position + depth
 
 
 def _decode(string: bytes) -> str:
@@ -164,7 +185,8 @@ def append(raw: bytes, more: Mapping[str, bytes | None]) -> bytes:
     end = raw.rindex(b"}")
     while raw[end - 1] in b" \t\r\n":
         end -= 1
-    return b"".join([raw[:end], *added, raw[end:]])
+    text = _sliceable(raw)
+    return b"".join([text[:end], *added, text[end:]])
 
 
 def replace(
@@ -179,13 +201,14 @@ def replace(
     """
     if found is None:
         found = members(raw)
-    out: list[bytes] = []
+    text = _sliceable(raw)
+    out: list[bytes | memoryview] = []
     before: Member | None = None  # the member before this one, kept or not
     for member in found:
-        value = changes.get(member.key, raw[member.value_start : member.value_end])
+        value = changes.get(member.key, text[member.value_start : member.value_end])
         if value is not None:
-            comma = raw[before.value_end : member.key_start] if out and before else b""
-            out += [comma, raw[member.key_start : member.value_start], value]
+            comma = text[before.value_end : member.key_start] if out and before else b""
+            out += [comma, text[member.key_start : member.value_start], value]
         before = member
     present = {member.key for member in found}
     for key, value in changes.items():
@@ -193,5 +216,10 @@ def replace(
             out += [b"," if out else b"", orjson.dumps(key), b":", value]
     head = found[0].key_start if found else _match(_OPEN, raw, 0).end()
     tail = found[-1].value_end if found else head
-    changed = b"".join([raw[:head], *out, raw[tail:]])
+    changed = b"".join([text[:head], *out, text[tail:]])
     return raw if changed == raw else changed
+
+
+def _sliceable(raw: bytes) -> bytes | memoryview:
+    """Large ones are sliced without a copy."""
+    return memoryview(raw) if len(raw) > LARGE else raw

@@ -15,6 +15,7 @@ from llmproxy import policy
 from llmproxy.endpoints import Endpoint, Shape
 from llmproxy.errors import BadRequest
 from llmproxy.jsonbytes import (
+    MAX_MEMBERS,
     InvalidJSON,
     Member,
     append,
@@ -23,14 +24,20 @@ from llmproxy.jsonbytes import (
     members,
     parse_object,
     replace,
+    too_many_members,
 )
+from llmproxy.outline import Outline
 
 #: Longest name of a model, in characters.
 MAX_MODEL = 256
+#: Longest value of a field that decides on routing or metering, in bytes of JSON.
+MAX_VALUE = 4096
 
 # Fields that decide on routing and metering. Servers written in Go (Ollama) take `Model` for
 # `model`: with the wrong case these are refused, or the bill would be for another model.
 _OURS = policy.NAMES | {"model", "stream", "stream_options", "background", "store"}
+# Those of them whose values count, and not only whether they are true.
+_WHOLE = ("model", "stream_options")
 _OPTIONS = frozenset(["include_usage", "continuous_usage_stats"])
 # What the options are where the client has none; many have just the first.
 _LAST_COUNT = b'{"include_usage":true}'
@@ -61,14 +68,23 @@ class JSONRequest(NamedTuple):
         return f"JSONRequest(model={self.model!r}, stream={self.stream})"  # and not the prompt
 
 
-def plan(endpoint: Endpoint, raw: bytes) -> JSONRequest:
-    """Read a request's body. Raises BadRequest (400) with the field's name in `param`."""
+def plan(endpoint: Endpoint, raw: bytes, outline: Outline | None = None) -> JSONRequest:
+    """Read a request's body. Raises BadRequest (400) with the field's name in `param`.
+
+    `outline`: that of a large body. Then all that is read here but the fields that decide is cut:
+    strings after 256 bytes, and rows of numbers.
+    """
+    found: Sequence[Member] = ()
     try:
-        body = parse_object(raw)
-        _refuse_ambiguous(raw, body, _OURS, "")
-        found = members(raw) if "stream_options" in body or "store" in body else ()
+        if outline is not None:
+            body, found = _read_outline(raw, outline)
+        else:
+            body = parse_object(raw)
+            _refuse_ambiguous(raw, body, _OURS, "")
+            if "stream_options" in body or "store" in body:
+                found = members(raw)
     except InvalidJSON as error:
-        raise BadRequest(f"The request body is {error}.") from None
+        raise refusal(error) from None
     stream = _stream(endpoint, body)
     options = _stream_options(raw, body, found)
     show_usage = options.get("include_usage") is True
@@ -84,6 +100,27 @@ def plan(endpoint: Endpoint, raw: bytes) -> JSONRequest:
         policy.choices(body) > 1,
         found,
     )
+
+
+def refusal(error: InvalidJSON) -> BadRequest:
+    """The error for a body that is not understood."""
+    return BadRequest(f"The request body is {error}.")
+
+
+def _read_outline(raw: bytes, outline: Outline) -> tuple[dict[str, Any], list[Member]]:
+    body = parse_object(outline.text)
+    found = members(outline.text)
+    if len(found) != len(body):
+        raise _twice(found)
+    _refuse_spelling(body, _OURS)
+    found = outline.whole(found)
+    for key in _WHOLE:
+        if key in body:
+            value = _value(raw, found, key)
+            if len(value) > MAX_VALUE:
+                raise BadRequest(f"{key!r} is too long.", param=key)
+            body[key] = orjson.loads(value)
+    return body, found
 
 
 def body_for(
@@ -123,8 +160,18 @@ def _forced_options(request: JSONRequest, continuous: bool) -> bytes:
 
 def _refuse_ambiguous(raw: bytes, value: dict[str, Any], ours: frozenset[str], prefix: str) -> None:
     if has_duplicates(raw, value):
-        name = prefix + str(duplicate(members(raw)))[:64]
-        raise BadRequest(f"The field {name!r} stands twice in the request body.", param=name)
+        raise _twice(members(raw), prefix)
+    _refuse_spelling(value, ours, prefix)
+
+
+def _twice(found: Sequence[Member], prefix: str = "") -> BadRequest:
+    name = prefix + str(duplicate(found))[:64]
+    return BadRequest(f"The field {name!r} stands twice in the request body.", param=name)
+
+
+def _refuse_spelling(value: dict[str, Any], ours: frozenset[str], prefix: str = "") -> None:
+    if len(value) > MAX_MEMBERS:
+        raise too_many_members()
     for key in value:
         if key not in ours and (name := key.casefold()) in ours:
             name = prefix + name
@@ -156,6 +203,8 @@ def _stream_options(raw: bytes, body: dict[str, Any], found: Sequence[Member]) -
     if not isinstance(options, dict):
         raise BadRequest("'stream_options' must be an object.", param="stream_options")
     inner = _value(raw, found, "stream_options")
+    if len(inner) > MAX_VALUE:
+        raise BadRequest("'stream_options' is too long.", param="stream_options")
     _refuse_ambiguous(inner, options, _OPTIONS, "stream_options.")
     return options
 

@@ -14,6 +14,8 @@ from llmproxy.errors import BodyTooLarge, RequestTimeout
 
 #: How much may wait here before the client is held up.
 HIGH_WATER = 64 * 1024
+#: A body that is read whole comes in blocks of so many bytes at least, or is small.
+BLOCK = HIGH_WATER
 #: A body has this time, and on top as long as it takes at this rate, in bytes a second: who drips
 #: it is not waited for, though never silent.
 BODY_S, MIN_RATE = 60.0, 1024
@@ -81,17 +83,30 @@ class Upload:
         self._taken_bytes, self._waiting_bytes = self._waiting_bytes, 0
         return body
 
-    async def read(self, limit: int, timeout_s: float) -> bytes:
-        """The whole body, up to `limit` bytes. Raises BodyTooLarge, RequestTimeout, ClientGone."""
+    async def read(
+        self, limit: int, timeout_s: float, look: Callable[[bytes], None] = lambda block: None
+    ) -> bytes:
+        """The whole body, up to `limit` bytes. Raises BodyTooLarge, RequestTimeout, ClientGone.
+
+        `look` gets it in blocks as it comes, unless it is smaller than one.
+        """
         self.refuse_over(limit)
-        parts: list[bytes] = []
+        blocks: list[bytes] = []
+        block = bytearray()  # parts of a few bytes each would take many times their size
         size = 0
         while (chunk := await self.next(timeout_s)) is not None:
             size += len(chunk)
             if size > limit:
                 raise too_large(limit)
-            parts.append(chunk)
-        return b"".join(parts)
+            block += chunk
+            if len(block) >= BLOCK:
+                blocks.append(bytes(block))
+                block.clear()
+                look(blocks[-1])
+        blocks.append(bytes(block))
+        if size >= BLOCK:
+            look(blocks[-1])
+        return b"".join(blocks)
 
     def refuse_over(self, limit: int) -> None:
         """Raises BodyTooLarge if the announced length is over `limit`, before a byte is read."""

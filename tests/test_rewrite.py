@@ -8,6 +8,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from outlines import plan_both
 
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.errors import BadRequest
@@ -21,7 +22,7 @@ EMBEDDINGS = ENDPOINTS["/v1/embeddings"]
 
 
 def read(text: str, endpoint=CHAT) -> JSONRequest:
-    return plan(endpoint, text.encode())
+    return plan_both(endpoint, text.encode())
 
 
 def sent(text: str, endpoint=CHAT, **options) -> str:
@@ -209,6 +210,64 @@ def test_other_dialects_get_no_stream_options(endpoint):
 @pytest.mark.parametrize("before", ["", ',"store":true', ',"store":null', ',"store":false'])
 def test_responses_are_never_stored(before):
     assert sent('{"model":"m"' + before + "}", RESPONSES) == '{"model":"m","store":false}'
+
+
+# What is long, by a name.
+LONG = {
+    "TEXT": "x" * 5000,
+    "ROW": ",".join(map(str, range(2000))),
+    "GAP": " " * 999,
+    "NAME": "x" * 254,
+    "FIELDS": ",".join(f'"{n}":1' for n in range(1000)),
+}
+
+
+def full(text: str) -> str:
+    for name, long in LONG.items():
+        text = text.replace(name, long)
+    return text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt":"TEXT","model":"m","stream":true,"stream_options":{},"user":[ROW]}',
+        '{"a":[ROW],"stream_options":{"include_usage":true},"stream":true,"model":"m"}',
+        '{"prompt":[ROW],"model":"m"}',
+        '{"prompt":[[ROW],[ROW]],"model":"m"}',
+        '{"prompt":["TEXT","TEXT"],"n":3,"model":"m","best_of":2}',
+        '{"model":"m","store":GAP1,"stream":true,"n":1GAP}',
+        '{"store":"TEXT","background":false,"model":"\\u006d\\ud83d\\ude00NAME"}',
+        'GAP{"messages":[{"content":"TEXT"},{"content":null}],"model":"m"}\n',
+    ],
+)
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES])
+def test_a_large_body_is_read_and_changed_like_a_small_one(text, endpoint):
+    raw = full(text).encode()
+    for cuts in ([], [len(raw) // 2], range(0, len(raw), 777)):
+        plan_both(endpoint, raw, cuts)
+
+
+@pytest.mark.parametrize(
+    ("text", "param"),
+    [
+        ('{"model":"TEXT"}', "model"),
+        ('{"model":[ROW]}', "model"),
+        ('{"model":"m","stream":"TEXT"}', "stream"),
+        ('{"model":"m","stream_options":{"x":"TEXT"}}', "stream_options"),
+        ('{"model":"m","stream_options":{"x":[ROW]}}', "stream_options"),
+        ('{"model":"m","a":"TEXT","a":1}', "a"),
+        ('{"model":"m","a":"TEXT","model":"m"}', "model"),
+        ('{"model":"m","a":"TEXT","Stream":true}', "stream"),
+        ('{"model":"m","a":"TEXT\\ud800"}', None),
+        ('{"model":"m","a":[ROW,01]}', None),
+        ('{"model":"m",FIELDS}', None),
+    ],
+)
+def test_a_large_body_is_refused_like_a_small_one(text, param):
+    with pytest.raises(BadRequest) as caught:
+        read(full(text))
+    assert caught.value.param == param
 
 
 def test_a_request_does_not_show_its_prompt():
