@@ -45,6 +45,9 @@ IDLE_TIMEOUT_S = 60.0
 HEADER_TIMEOUT_S = 10.0
 #: How long a client may take what is buffered for it when its connection is to be closed.
 LINGER_S = 15.0
+#: How many connections are told at a time that there is no room for them, and for how long each;
+#: more of them are cut off without a word.
+MAX_REFUSED, REFUSED_S = 64, 1.0
 #: How long the rest of what can't be parsed is read, so that its sender can read our answer.
 DISCARD_S = 2.0
 #: How many requests may come in one piece with the one before them. Nobody does so by accident.
@@ -80,6 +83,8 @@ class Channel(Protocol):
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        #: See `connections.Holder`.
+        self.source: str | None = None
         #: Bytes to the client.
         self.send: Callable[[bytes], None] = lambda data: None
         self._wire: Any = None  # a TCP or TLS transport and producer
@@ -390,6 +395,7 @@ class Channel(Protocol):
             self._refuse(message.refusal)
             return
         self._wait_no_more()
+        self.site.room.resting.pop(self, None)
         self._keep = message.keep
         self.request = request = self.site.new_request(self, message)
         self._busy = True
@@ -418,6 +424,7 @@ class Channel(Protocol):
             self.close()
             return
         if not self._queue and not self._unread and self._problem is None:
+            self.site.room.resting[self] = None
             self._wait(IDLE_TIMEOUT_S, self.close)
         self._serve()
 
@@ -498,14 +505,50 @@ class Channel(Protocol):
         """The transport is gone; `connectionLost` does what is to be done."""
 
 
+class Refused(Protocol):
+    """A connection that there is no room for: it is told so, whatever it wants to say."""
+
+    def __init__(self, site: Site, error: ProxyError) -> None:
+        self._site, self._error = site, error
+        self._timer: IDelayedCall | None = None
+
+    def connectionMade(self) -> None:
+        """Answer, if that takes no handshake first."""
+        wire = cast(Any, self.transport)
+        refused = self._site.refused
+        if len(refused) >= MAX_REFUSED or ISSLTransport.providedBy(wire):
+            wire.abortConnection()
+            return
+        refused.add(self)
+        self._timer = self._site.clock.callLater(REFUSED_S, self.abort)
+        wire.write(refusal_answer(self._error))
+        wire.loseWriteConnection()
+
+    def abort(self) -> None:
+        """Cut it off now."""
+        self._stop_waiting()
+        cast(Any, self.transport).abortConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """It went."""
+        self._stop_waiting()
+        self._site.refused.discard(self)
+
+    def _stop_waiting(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
+
+
 def refusal_answer(error: ProxyError) -> bytes:
     """The answer to what is no request, in the most common dialect."""
     reason = HTTPStatus(error.status).phrase.encode()
+    more = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items()).encode()
     body = dialects.error_body(Dialect.OPENAI, error)
     return (
-        b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n"
+        b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n%b"
         b"Connection: close\r\nContent-Length: %d\r\n\r\n%b"
-        % (error.status, reason, new_request_id().encode(), len(body), body)
+        % (error.status, reason, new_request_id().encode(), more, len(body), body)
     )
 
 

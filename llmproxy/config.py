@@ -347,6 +347,8 @@ class Config:
     auth_stale_max: Annotated[float, INTERVAL] = 300.0
     auth_fresh: Annotated[float, INTERVAL] = 1.0
     failed_keys_per_minute: Annotated[int, LIMIT] = 60
+    max_connections: Annotated[int, LIMIT] = 0
+    max_connections_per_address: Annotated[int, LIMIT] = 0
     db: Database = field(default_factory=Database)
     admin: Admin = field(default_factory=Admin)
     metrics: Metrics = field(default_factory=Metrics)

@@ -30,6 +30,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from llmproxy.connections import ADDRESS, IDLE, TOTAL
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.model import Counts, Kind, State
 from llmproxy.totals import Numbers, Snapshot
@@ -439,6 +440,17 @@ class Metrics:
             ["limit"],
         )
         self._limited = {limit: refused.cell(limit) for limit in LIMITS}
+        #: Connections of clients that are open.
+        self.connections = _Gauges(
+            registry, "llmproxy_connections", "Connections of clients that are open."
+        ).cell()
+        shed = _Counters(
+            registry,
+            "llmproxy_limited_connections",
+            "Connections refused, by the setting that they went over; or closed to make room.",
+            ["limit"],
+        )
+        self._limited_connections = {limit: shed.cell(limit) for limit in (TOTAL, ADDRESS, IDLE)}
 
     def _ledger(self, registry: _Registry) -> None:
         self._rows = _Counters(
@@ -519,6 +531,10 @@ class Metrics:
     def limited(self, limit: str) -> None:
         """A request was refused because it went over one of `LIMITS`."""
         self._limited[limit].value += 1
+
+    def connection_limited(self, limit: str) -> None:
+        """A connection was refused, or an idle one closed: `limit` as `connections.py` has it."""
+        self._limited_connections[limit].value += 1
 
     def ledger_rows(self, state: State, count: int = 1) -> None:
         """So many ledger rows came into `state`."""

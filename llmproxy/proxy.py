@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,6 +23,7 @@ from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config, KeyLimits
+from llmproxy.connections import Connections, bounds, descriptors
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
 from llmproxy.health import HealthChecks, agent_fetch
@@ -153,18 +155,33 @@ class Proxy(logs.LoggingService):
         for text in self.config.admin.listen:
             site = AdminSite(admin, self._reactor)
             self.admin_ports.append(await self._open(text, site))
-        self._site = Site(
+        self._site = public = Site(
             make_root(services, int(time.time())),
             self._timeouts,
             metrics=self.metrics,
             monotonic=time.monotonic,
             origin=self.config.http_origin,
+            room=self._make_room(),
         )
-        await self._open_public(self._site)
+        self.metrics.connections.follow(lambda: len(public.connections))
+        await self._open_public(public)
+
+    def _make_room(self) -> Connections:
+        files, wanted = descriptors(), self.config.max_connections
+        most, per_address = bounds(files, wanted, self.config.max_connections_per_address)
+        if wanted > most:
+            log.warn(
+                "max_connections is {wanted}, but {files} file descriptors are enough for {most}",
+                wanted=wanted,
+                files=files,
+                most=most,
+            )
+        return Connections(most, per_address, self.metrics.connection_limited)
 
     async def _open_public(self, site: Site) -> None:
         for text in public_endpoints(self.config):
             self.ports.append(await self._open(text, site))
+            let_wait(self.ports[-1], text)
 
     async def _open(self, text: str, factory: Any) -> IListeningPort:
         return await open_endpoint(self._reactor, text, factory, self.certificates)
@@ -249,8 +266,8 @@ class Proxy(logs.LoggingService):
         until = time.monotonic() + FLUSH_S
         while site.connections and time.monotonic() < until:
             await deferLater(self._reactor, DRAIN_STEP_S)
-        for channel in list(site.connections):
-            channel.abort()
+        for connection in [*site.connections, *site.refused]:
+            connection.abort()
 
     async def _close_stores(self) -> None:
         await self.stores.close()
@@ -282,6 +299,13 @@ async def open_port(reactor: Any, text: str, factory: Any) -> IListeningPort:
     except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
         raise ConfigError(f"can't listen on {text}: {error}") from None
     return port
+
+
+def let_wait(port: IListeningPort, text: str) -> None:
+    """Let `BACKLOG` connections wait to be accepted, where the endpoint's `text` (or the unit of a
+    `systemd:` socket) does not say how many."""
+    if re.search(r"(?:^|:)(?:backlog=|systemd:)", text) is None:
+        cast(Any, port).socket.listen(BACKLOG)
 
 
 def health_checks(backends: Backends, reactor: Any, metrics: Metrics) -> HealthChecks[Backend]:
@@ -349,7 +373,7 @@ def public_endpoints(settings: Config) -> tuple[str, ...]:
     """The endpoint strings of the public site."""
     if settings.listen:
         return settings.listen
-    place = f"{settings.port}:interface={quoteStringArgument(settings.host)}:backlog={BACKLOG}"
+    place = f"{settings.port}:interface={quoteStringArgument(settings.host)}"
     if settings.cert is None:
         return (f"tcp:{place}",)
     cert, key = quoteStringArgument(str(settings.cert)), quoteStringArgument(str(settings.key))

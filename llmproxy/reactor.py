@@ -5,6 +5,9 @@ take waits for epoll to say that it will: Twisted registers for writing, and sen
 round, which takes two more system calls for each message. And what is ready is read without a
 logging context of its own around each read. Together they are half of what a message costs there.
 
+Who comes while no file descriptor is left waits in the kernel's queue: Twisted accepts all of them
+by means of one that it keeps for that, closes them at once, and logs each.
+
 And its time is one that nobody can set: a system clock that leaps by a day would make all timeouts
 due at once, or none of them for a day.
 
@@ -14,13 +17,14 @@ Everything else is Twisted's: `twistd --reactor=llmproxy` has it, and so has `py
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import time
 from select import EPOLLIN
 from typing import Any, cast
 
-from twisted.internet import main, tcp
+from twisted.internet import main, tcp, unix
 from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.interfaces import IConnector, IListeningPort
@@ -37,6 +41,10 @@ VARIABLE = "LLMPROXY_REACTOR"
 READ_SIZE = 32 * 1024
 SEND_SIZE = 16 * 1024
 _AGAIN = (errno.EAGAIN, errno.ENOBUFS)
+#: How long nobody is accepted when that failed, and how often it is logged.
+REST_S, TELL_S = 1.0, 60.0
+#: What concerns the one connection alone, which has gone again or may not come.
+_NOT_OURS = (errno.ECONNABORTED, errno.EPERM)
 
 
 class _SendsAtOnce(tcp.Connection):
@@ -95,10 +103,60 @@ class Client(_SendsAtOnce, tcp.Client):
     """A connection that was made."""
 
 
-class Port(tcp.Port):
+class _Accepts(tcp.Port):
+    """Takes who waits; when it can't, for lack of descriptors mostly, it rests for a while."""
+
+    _told_at = -math.inf
+
+    def doRead(self) -> None:
+        """Accept up to `numberAccepts` connections."""
+        for _ in range(self.numberAccepts):
+            try:
+                client, address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as problem:
+                if problem.errno not in _NOT_OURS:
+                    self._rest(problem)
+                    return
+            else:
+                self._welcome(client, address)
+
+    def _welcome(self, client: socket.socket, address: Any) -> None:
+        if self.addressFamily == socket.AF_INET6 and address[3]:  # else its scope is not shown
+            address = (socket.getnameinfo(address, socket.NI_NUMERICHOST)[0], *address[1:])
+        try:
+            protocol = cast(Any, self.factory).buildProtocol(self._buildAddr(address))
+            if protocol is None:
+                client.close()
+                return
+            self.sessionno = number = self.sessionno + 1
+            transport = self.transport(client, protocol, address, self, number, self.reactor)
+            protocol.makeConnection(transport)
+        except Exception:
+            log.failure("a connection could not be served")
+
+    def _rest(self, problem: OSError) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= TELL_S:
+            self._told_at = now
+            log.warn("new connections have to wait: {error}", error=problem.strerror)
+        self.stopReading()
+        cast(Any, self.reactor).callLater(REST_S, self._go_on)
+
+    def _go_on(self) -> None:
+        if self.connected and not self.disconnecting:
+            self.startReading()
+
+
+class Port(_Accepts):
     """A listening port for them."""
 
     transport = Server
+
+
+class UNIXPort(_Accepts, unix.Port):
+    """The same on a UNIX socket, with Twisted's own connections."""
 
 
 class Connector(tcp.Connector):
@@ -123,15 +181,20 @@ class _Transports:
         """See `IReactorTCP.listenTCP`."""
         return _listening(Port(port, factory, backlog, interface, self))
 
+    def listenUNIX(
+        self, address: Any, factory: Any, backlog: int = 50, mode: int = 0o666, wantPID: int = 0
+    ) -> IListeningPort:
+        """See `IReactorUNIX.listenUNIX`."""
+        return _listening(UNIXPort(address, factory, backlog, mode, self, wantPID))
+
     def adoptStreamPort(
         self, fileDescriptor: int, addressFamily: int, factory: Any
     ) -> IListeningPort:
         """See `IReactorSocket.adoptStreamPort`."""
-        if addressFamily not in (socket.AF_INET, socket.AF_INET6):
-            other: Any = super()
-            return cast(
-                IListeningPort, other.adoptStreamPort(fileDescriptor, addressFamily, factory)
-            )
+        if addressFamily == socket.AF_UNIX:
+            adopted = UNIXPort._fromListeningDescriptor(self, fileDescriptor, factory)
+            adopted.backlog = socket.SOMAXCONN  # it is told to listen once more
+            return _listening(adopted)
         port = Port._fromListeningDescriptor(self, fileDescriptor, addressFamily, factory)
         return _listening(port)
 

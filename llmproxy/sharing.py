@@ -12,9 +12,11 @@ import socket
 from collections.abc import Callable
 from typing import Any, cast
 
-from twisted.internet import tcp, unix
+from twisted.internet import tcp
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.python.failure import Failure
+
+from llmproxy.reactor import UNIXPort
 
 #: How many connections a worker takes each time that it is woken. All idle workers are woken for
 #: one that comes; Twisted's usual 100 would give a whole burst to the one that is up first.
@@ -98,8 +100,8 @@ def accept_few(
 
     def read_on() -> None:
         if shared.connected and not shared.disconnecting:
-            read_few()
             shared.startReading()
+            read_few()  # which may have to rest
 
     def read_in_turn() -> None:
         if my_turn():
@@ -111,7 +113,7 @@ def accept_few(
     shared.doRead = read_in_turn
 
 
-class _SharedUNIXPort(unix.Port):
+class _SharedUNIXPort(UNIXPort):
     """A UNIX socket that is listened on already. The file that is its address stays as it is,
     and where it is: Twisted's own way to adopt one sets its mode, and removes it at the end.
     """

@@ -22,12 +22,14 @@ from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
 
 from llmproxy import __version__, dialects
-from llmproxy.channel import IDLE_TIMEOUT_S, Channel, Message
+from llmproxy.channel import IDLE_TIMEOUT_S, Channel, Message, Refused
+from llmproxy.connections import Connections
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import CLIENT_GONE, ProxyError
 from llmproxy.ids import new_request_id
 from llmproxy.logs import Logger
 from llmproxy.metrics import Metrics
+from llmproxy.throttle import source_of
 from llmproxy.upload import Upload
 
 if TYPE_CHECKING:
@@ -303,7 +305,8 @@ class Request:
 class Site(server.Site):
     """A site. `metrics`: None, and nothing is counted. `origin`: the value of
     Access-Control-Allow-Origin; None, and no page of another site may read the answers. `http`:
-    whose HTTP serves the clients, `llhttp` or `twisted`."""
+    whose HTTP serves the clients, `llhttp` or `twisted`. `room`: for whom there is room; else for
+    all who come."""
 
     def __init__(
         self,
@@ -314,11 +317,15 @@ class Site(server.Site):
         monotonic: Callable[[], float],
         origin: str | None,
         http: str | None = None,
+        room: Connections | None = None,
     ) -> None:
         super().__init__(root, timeout=int(IDLE_TIMEOUT_S), reactor=clock)
         self.clock = clock
         self.monotonic = monotonic
-        self.connections: set[Any] = set()
+        self.room = room or Connections()
+        self.connections: set[Any] = self.room.all
+        #: Those who come and are refused.
+        self.refused: set[Refused] = set()
         #: Told how many connections there are, each time that this changes.
         self.on_count: Callable[[int], None] = lambda count: None
         self._metrics = metrics
@@ -328,8 +335,17 @@ class Site(server.Site):
         self._resources: dict[bytes, Any] = {}
         self.noisy = False
 
-    def buildProtocol(self, addr: object) -> Any:
-        """A channel for a client that came."""
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """A channel for a client that came, or a refusal if there is no room."""
+        source = source_of(addr)
+        refusal = self.room.refusal(source)
+        if refusal is not None:
+            return Refused(self, refusal)
+        channel = self._new_channel()
+        channel.source = source
+        return channel
+
+    def _new_channel(self) -> Any:
         if self._http == "twisted":
             from llmproxy.twisted_channel import TwistedChannel
 
@@ -338,12 +354,12 @@ class Site(server.Site):
 
     def joined(self, channel: Any) -> None:
         """A client came."""
-        self.connections.add(channel)
+        self.room.joined(channel)
         self.on_count(len(self.connections))
 
     def left(self, channel: Any) -> None:
         """It went."""
-        self.connections.discard(channel)
+        self.room.left(channel)
         self.on_count(len(self.connections))
 
     def startFactory(self) -> None:

@@ -34,6 +34,7 @@ from llmproxy.proxy import (
     CUT_S,
     announce,
     health_checks,
+    let_wait,
     open_endpoint,
     open_port,
     public_endpoints,
@@ -104,6 +105,7 @@ class Supervisor(logs.LoggingService):
             plain, files = without_tls(text)
             certificate = self.certificates.load(files) if files is not None else None
             self.ports.append(await open_port(self._reactor, plain, Factory()))
+            let_wait(self.ports[-1], text)
             self._listeners.append((plain, hold(self.ports[-1]), certificate))
         await self.workers.start()
         self._health.setServiceParent(self)

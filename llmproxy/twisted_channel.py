@@ -52,6 +52,7 @@ class Parsed:
         except ProxyError as error:
             channel.refuse(error)
             return
+        channel.site.room.resting.pop(channel, None)
         self.request = channel.site.new_request(channel, message)
         self.request.process()
 
@@ -81,6 +82,7 @@ class TwistedChannel(HTTPChannel):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
+        self.source: str | None = None
         channel: Any = self  # these are Twisted's ways to configure it
         channel.requestFactory = lambda *_: Parsed(self)
         channel.callLater = site.clock.callLater
@@ -131,6 +133,8 @@ class TwistedChannel(HTTPChannel):
             self.persistent = False
         if self.requests:
             self.requestDone(self.requests[0])
+        if self.is_idle and not self._gone:
+            self.site.room.resting[self] = None
 
     def close(self, linger_s: float = LINGER_S) -> None:
         """See `IsChannel.close`."""

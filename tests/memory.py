@@ -130,10 +130,10 @@ class Server:
         )
         self.connect()
 
-    def connect(self) -> None:
+    def connect(self, address: Any = ADDRESS) -> None:
         """A new client comes."""
         self.wire = Wire(self.clock)
-        self.channel: Any = self.site.buildProtocol(ADDRESS)
+        self.channel: Any = self.site.buildProtocol(address)
         self.wire.attach(self.channel)
 
     def send(self, data: bytes) -> None:

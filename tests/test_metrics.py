@@ -45,6 +45,8 @@ def test_every_promised_name_is_exposed_with_its_type(counted):
         "llmproxy_active_requests": "gauge",
         "llmproxy_limited_requests": "counter",
         "llmproxy_loop_lag_seconds": "histogram",
+        "llmproxy_connections": "gauge",
+        "llmproxy_limited_connections": "counter",
         "llmproxy_backend_requests": "counter",
         "llmproxy_backend_duration_seconds": "histogram",
         "llmproxy_backend_errors": "counter",
