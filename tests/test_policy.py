@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmproxy import policy
 from llmproxy.config import Backend
@@ -188,3 +191,21 @@ def test_the_length_of_an_answer_is_limited_where_the_operator_says_so(name):
     for wrong in wrong_ones:
         assert refused({name: wrong}, max_tokens=100) == name
         check({name: wrong})
+
+
+# Keys that mean something in some place, in any place.
+KEYS = st.sampled_from(sorted({"url", "URL", "content", "source", "role"} | policy.NAMES))
+SCALARS = st.none() | st.booleans() | st.integers() | st.sampled_from([0.5, "", "data:,", "a:b"])
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=6), st.sampled_from(sorted(ENDPOINTS)))
+def test_whatever_a_body_holds_it_passes_or_is_refused(body, path):
+    kept = {name: value for name, value in body.items() if name not in policy.REFUSED}
+    for each in (body, kept):
+        with suppress(BadRequest):
+            check(each, ENDPOINTS[path], max_tokens=100)
