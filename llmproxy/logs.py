@@ -105,6 +105,13 @@ def escape(text: str) -> str:
     )
 
 
+def word(text: str) -> str:
+    """`text` as the value of one `name=value` in a message: in quotes, as JSON has them, where it
+    could be taken for more.
+    """
+    return json.dumps(text, ensure_ascii=False) if " " in text or '"' in text else text
+
+
 def message(event: LogEvent) -> str:
     """The event's text, or its failure's where it has none."""
     failure = event.get("log_failure")

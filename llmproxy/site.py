@@ -21,7 +21,7 @@ from twisted.web import server
 from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
 
-from llmproxy import __version__, dialects
+from llmproxy import __version__, dialects, logs
 from llmproxy.channel import IDLE_TIMEOUT_S, Channel, Message, Refused
 from llmproxy.connections import Connections
 from llmproxy.endpoints import Dialect
@@ -291,7 +291,7 @@ class Request:
             " ms={duration_ms}",
             rid=self.rid,
             key_id=key_id,
-            model=model,
+            model=model and logs.word(model),  # the client's own
             path=self.path[:MAX_LOGGED].decode("ascii", "replace"),
             status=error.status,
             code=error.code,
