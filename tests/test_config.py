@@ -60,6 +60,7 @@ def test_every_setting_is_read() -> None:
     drain_deadline = 0
     auth_stale_max = 0
     auth_fresh = 0.5
+    failed_keys_per_minute = 0
     listen = ["tcp:80", "unix:/run/x.sock", "systemd:domain=INET:index=0"]
     [db]
     uri = "mongodb://h/db"
@@ -69,6 +70,9 @@ def test_every_setting_is_read() -> None:
     enabled = false
     [ledger]
     path = "j.sqlite"
+    [limits]
+    requests_per_minute = 600
+    concurrent_requests = 8
     [backends.m]
     url = "https://gpu1:8000/v1/"
     token = "s3"
@@ -99,11 +103,13 @@ def test_every_setting_is_read() -> None:
         drain_deadline=0.0,
         auth_stale_max=0.0,
         auth_fresh=0.5,
+        failed_keys_per_minute=0,
         listen=("tcp:80", "unix:/run/x.sock", "systemd:domain=INET:index=0"),
         db=Database(uri="mongodb://h/db"),
         admin=config.Admin(listen=("tcp:9",)),
         metrics=config.Metrics(enabled=False),
         ledger=LedgerConfig(path=Path("j.sqlite")),
+        limits=config.KeyLimits(requests_per_minute=600, concurrent_requests=8),
         backends={
             "m": Backend(
                 name="m",
@@ -174,6 +180,14 @@ def test_backends_can_not_be_changed() -> None:
         ("listen = [1]", None),
         ('listen = [["tcp:1"]]', None),
         ('admin.listen = ""', None),
+        (
+            "failed_keys_per_minute = -1",
+            "failed_keys_per_minute: expected a whole number, 0 to 1000000, got -1",
+        ),
+        (
+            "limits.requests_per_minute = 0.5",
+            "limits.requests_per_minute: expected a whole number, 0 to 1000000, got 0.5",
+        ),
         ("ledger.path = 1", "ledger.path: expected a path, got 1"),
         ("port = 2020-01-01", 'port: expected a whole number, 0 to 65535, got "2020-01-01"'),
     ],

@@ -28,6 +28,9 @@ path = "j.sqlite"
 listen = []
 [metrics]
 enabled = false
+[limits]
+requests_per_minute = 600
+concurrent_requests = 8
 [prices]
 currency = "EUR"
 [[prices.models.llama]]
