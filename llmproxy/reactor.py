@@ -32,6 +32,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.python.log import callWithLogger
 
+from llmproxy.names import Resolver
+
 log = Logger()
 
 #: For comparison: which event loop is below.
@@ -257,6 +259,8 @@ def install() -> None:
     if os.environ.get(VARIABLE) == "uvloop":
         import uvloop
 
-        main.installReactor(UvloopReactor(uvloop.new_event_loop()))
+        reactor: Any = UvloopReactor(uvloop.new_event_loop())
     else:
-        main.installReactor(Reactor())
+        reactor = Reactor()
+    reactor.installNameResolver(Resolver(reactor))
+    main.installReactor(reactor)

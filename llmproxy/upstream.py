@@ -151,9 +151,22 @@ def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:
 def _endpoint(url: EncodedURL, reactor: Any, timeout_s: float) -> IStreamClientEndpoint:
     port = url.port or 0  # never: http and https have their own
     # A name is looked up in a thread; an address need not wait for one.
-    of = {4: TCP4ClientEndpoint, 6: TCP6ClientEndpoint}.get(_version(url.host), HostnameEndpoint)
+    of = {4: TCP4ClientEndpoint, 6: TCP6ClientEndpoint}.get(_version(url.host), _NamedEndpoint)
     endpoint: IStreamClientEndpoint = of(reactor, url.host, port, timeout=timeout_s)
     return endpoint
+
+
+class _NamedEndpoint(HostnameEndpoint):
+    """Its timeout is for looking the name up too, and for all of its addresses together."""
+
+    def __init__(self, reactor: Any, host: str, port: int, timeout: float) -> None:
+        super().__init__(reactor, host, port, timeout=timeout)
+        self._clock, self._timeout_s = reactor, timeout
+
+    def connect(self, protocolFactory: Any) -> Deferred[Any]:
+        """See `IStreamClientEndpoint.connect`."""
+        connecting: Deferred[Any] = super().connect(protocolFactory)
+        return connecting.addTimeout(self._timeout_s, self._clock)
 
 
 def _version(host: str) -> int:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-from load import until
-from rig import Rig
+from load import Load, until
+from rig import Rig, ended
+from speech import CHAT
 from test_storage_faults import CLIENTS, Trial
 
-LEAPING = Path(__file__).with_name("leaping.py")
+HERE = Path(__file__).parent
+LEAPING, RESOLVING = HERE / "leaping.py", HERE / "resolving.py"
 
 
 def beats(rig: Rig) -> tuple[int, dict[float, int]]:
@@ -53,3 +56,49 @@ def test_a_clock_that_leaps_by_a_day_changes_no_answer_and_no_bill(tmp_path: Pat
     assert {each.status for each in trial.load.asked} <= {200, None}
     days = {day for (day,) in trial.rig.query("SELECT DISTINCT substr(opened, 1, 10) FROM ledger")}
     assert len(days) == 3  # it did leap
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+async def ask(rig: Rig, model: str) -> tuple[int, float]:
+    """The status of an answer to a small request, and how long it took."""
+    began = time.monotonic()
+    link, out = await asyncio.open_connection("127.0.0.1", rig.port)
+    body = CHAT.request(model, f"{model}-{began} 3 2 1", stream=False)
+    lines = [f"POST {CHAT.path} HTTP/1.1", "Host: p", "Content-Type: application/json"]
+    lines += [f"Authorization: Bearer {Load.key(0)}", f"Content-Length: {len(body)}", "", ""]
+    out.write("\r\n".join(lines).encode() + body)
+    status = int((await link.readuntil(b"\r\n")).split()[1])
+    out.transport.abort()
+    return status, time.monotonic() - began
+
+
+@pytest.mark.timeout(60)
+def test_names_that_do_not_resolve_hold_up_nobody_else(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, clients=1, command=[str(RESOLVING)])
+    names = {"slow": "slow.test", "nowhere": "nowhere.test", "two": "two.test", "m": "127.0.0.1"}
+
+    async def story(port: str) -> None:
+        urls = [f"http://{name}:{port}" for name in names.values()]
+        text = rig.configuration(*urls, models=list(names))
+        rig.config.write_text(f"timeout_connect = 1.0\n{text}")
+        async with rig.running() as process:
+            # More than a pool of threads has.
+            slow = [asyncio.create_task(ask(rig, "slow")) for _ in range(30)]
+            await asyncio.sleep(0.2)
+            for model, status in (("m", 200), ("nowhere", 502), ("two", 200), ("m", 200)):
+                answered, took = await ask(rig, model)
+                assert (answered, took < 0.9) == (status, True), (model, answered, took)
+            for answered, took in await asyncio.gather(*slow):
+                assert (answered, took < 3) == (502, True), (answered, took)
+            every, late = beats(rig)
+            assert late[0.25] == every
+            process.terminate()
+            code, took = await asyncio.to_thread(ended, process, 20)
+            assert (code, took < 3) == (0, True), (code, took)
+
+    with rig.backend() as url:
+        asyncio.run(story(url.rpartition(":")[2]))
+    assert "Traceback" not in rig.output()
+    assert not rig.open_rows()
