@@ -405,6 +405,16 @@ def test_a_flood_of_guesses_does_not_grow_the_memory(gate: Gate) -> None:
     assert sys.getallocatedblocks() - before < auth.CACHE_SIZE
 
 
+def test_a_flood_while_the_store_is_silent_leaves_nothing_behind(gate: Gate) -> None:
+    gate.accounts.silent = True
+    waiting = [gate.ask(b"guess %d" % number) for number in range(2000)]
+    gate.clock.advance(LOOKUP_TIMEOUT_S)
+    assert {outcome(each) for each in waiting} == {Unavailable}
+    assert gate.authenticator._asking == {}
+    assert not gate.authenticator._found
+    assert not gate.authenticator._missing
+
+
 def test_a_flood_of_guesses_does_not_drive_out_the_keys_that_are_known(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
