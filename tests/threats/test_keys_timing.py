@@ -166,7 +166,7 @@ async def test_a_refusal_takes_as_long_for_a_key_that_is_nearly_right(tmp_path: 
     unknown = took["unknown"]
     for kind in ("nearly right", "expired"):
         report(
-            f"a {kind} key beside an unknown one",
+            f"refusals of keys: {kind} beside unknown",
             requests=TIMES,
             unknown_us=1e6 * median(unknown),
             it_us=1e6 * median(took[kind]),
