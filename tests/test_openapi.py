@@ -201,7 +201,7 @@ def shapes(response: Any) -> set[str]:
 
 def test_errors_have_the_shape_of_the_dialect(endpoint: Endpoint) -> None:
     ours = "AnthropicError" if endpoint.dialect is Dialect.ANTHROPIC else "OpenAIError"
-    before_the_path = {"400", "408", "414", "417", "431", "500"}
+    before_the_path = {"400", "408", "414", "417", "429", "431", "500", "503"}
     for status, response in PATHS[endpoint.path]["post"]["responses"].items():
         if status in ("200", "4XX"):
             continue
