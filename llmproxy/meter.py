@@ -392,7 +392,7 @@ class _Named(_Dialect):
         name, holder = event.name, None
         if name not in self.names and not name.startswith(self.prefix):
             # No name, or none of ours: then the data's type is what a client goes by.
-            holder = _parse(event.data) or {}
+            holder = self._holder(event.data, None)
             if holder.get("error") is not None:
                 self.failed = True
                 return event.raw

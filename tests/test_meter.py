@@ -481,6 +481,13 @@ def test_usage_of_messages_is_put_together_from_its_events(start, deltas, expect
     assert meter.reading() == expected
 
 
+@pytest.mark.parametrize("shape", [Shape.MESSAGES, Shape.RESPONSES])
+def test_usage_in_an_event_that_has_no_name_and_is_no_json_is_kept_as_text(shape):
+    meter = StreamMeter(shape)
+    run(meter, sse(b'{"type":"message_delta","usage":{"output_tokens":NaN}}', DONE))
+    assert meter.reading().raw == '{"output_tokens":NaN}'
+
+
 def test_messages_cut_short_count_their_deltas():
     stream = stream_of("anthropic_messages")
     meter = StreamMeter(Shape.MESSAGES)
