@@ -19,12 +19,14 @@ from typing import Any, cast
 
 import httptools
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionDone
+from twisted.internet.error import ConnectError, ConnectionDone
 from twisted.internet.interfaces import (
     IConsumer,
     IDelayedCall,
+    IHandshakeListener,
     IProtocol,
     IReactorTime,
+    ISSLTransport,
     IStreamClientEndpoint,
     ITCPTransport,
 )
@@ -54,6 +56,14 @@ PIECE = 64 * 1024
 
 class BadAnswer(Exception):
     """The backend's answer is not valid HTTP/1.1, or not only an answer."""
+
+
+class NoHandshake(ConnectError):
+    """TLS was not agreed upon, for these `reasons`: nothing of the request was sent."""
+
+    def __init__(self, reasons: list[Failure]) -> None:
+        super().__init__()
+        self.reasons = reasons
 
 
 class CodedAnswer(BackendError):
@@ -158,6 +168,7 @@ class Response:
         self.previousResponse = response
 
 
+@implementer(IHandshakeListener)
 class Connection(Protocol):
     """One connection, which asks one thing at a time.
 
@@ -172,6 +183,7 @@ class Connection(Protocol):
         self.wire: Any = None  # a TCP or TLS transport and producer
         self._busy = False
         self._closed = False
+        self._shakes = False  # what is written waits for the end of the handshake
         self._arrivals: select.poll | None = None
         self._reset()
 
@@ -197,9 +209,14 @@ class Connection(Protocol):
             wire.protocol = self
         if hasattr(wire, "setTcpNoDelay"):
             wire.setTcpNoDelay(True)
+        self._shakes = ISSLTransport.providedBy(wire)
         if hasattr(wire, "fileno"):
             self._arrivals = select.poll()
             self._arrivals.register(wire.fileno(), select.POLLIN)
+
+    def handshakeCompleted(self) -> None:
+        """TLS is spoken: the request goes out."""
+        self._shakes = False
 
     def is_quiet(self) -> bool:
         """Nothing has come since its last answer, though it may not have been read yet: it would be
@@ -430,7 +447,8 @@ class Connection(Protocol):
         self._end = Failure(ResponseFailed([reason]))
         if self.response is None and self._answer is not None:
             answer, self._answer = self._answer, None
-            answer.errback(Failure(ResponseNeverReceived([reason])))
+            error = NoHandshake if self._shakes else ResponseNeverReceived
+            answer.errback(Failure(error([reason])))
         else:
             self._hand_over()
 
@@ -440,7 +458,7 @@ class Connection(Protocol):
 
     def abort(self) -> None:
         """Close it, whatever is under way."""
-        if self.wire is not None:
+        if self.wire is not None and not self._closed:
             self.wire.abortConnection()
 
 

@@ -178,7 +178,10 @@ class Forward:
         try:
             return await self._sending
         except Exception as error:
-            raise self._timeout() if self._timed_out else translate(error) from error
+            failure = translate(error)
+            if self._timed_out and not isinstance(failure, NotSent):
+                failure = self._timeout()
+            raise failure from error
         finally:
             self._sending = None
             self._cancel("answer")

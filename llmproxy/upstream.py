@@ -5,6 +5,7 @@ This is the one place where Twisted's failures become ours.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any, Protocol, cast
@@ -38,6 +39,12 @@ from llmproxy.agent import BackendAgent, Response
 from llmproxy.config import Backend
 from llmproxy.errors import BackendError, BackendTimeout, ProxyError
 from llmproxy.upload import ClientGone
+
+#: Alerts about a certificate (RFC 8446 section 6.2), as OpenSSL names them.
+_REFUSED = re.compile(
+    "alert (certificate required|bad certificate|unsupported certificate|unknown ca"
+    "|certificate (revoked|expired|unknown))"
+)
 
 
 class NotSent(BackendError):
@@ -119,6 +126,8 @@ def translate(error: Exception) -> Exception:
         return error
     if any(_is_untrusted(failure.value) for failure in getattr(error, "reasons", ())):
         return NotSent("The model's server can't be trusted.")
+    if any(_distrusts_us(failure.value) for failure in getattr(error, "reasons", ())):
+        return NotSent("The model's server refused us.")
     if isinstance(error, (ConnectError, DNSLookupError, ConnectingCancelledError, UserError)):
         return NotSent("The model's server can't be reached.")
     if isinstance(error, (TwistedTimeoutError, CancelledError)):
@@ -131,6 +140,12 @@ def _is_untrusted(reason: object) -> bool:
     if isinstance(reason, SSL.Error):
         return "certificate verify failed" in str(reason)
     return isinstance(reason, VerificationError)
+
+
+def _distrusts_us(reason: object) -> bool:
+    """Our certificate was refused. In TLS 1.3 the request may be on its way by then, but a server
+    that ends a handshake so has not read it (RFC 8446 section 4.4.2.4)."""
+    return isinstance(reason, SSL.Error) and _REFUSED.search(str(reason)) is not None
 
 
 def connect(backend: Backend, reactor: Any, timeout_connect: float) -> Upstream:

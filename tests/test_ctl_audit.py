@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from certificates import Authority
 from ctl_tool import Tool
 
 from llmproxy.config import Backend
@@ -327,3 +330,29 @@ def test_a_backend_that_is_down_is_one_line(tool: Tool, short: tuple[str, ...]) 
 def test_a_watch_needs_seconds(tool: Tool, seconds: str) -> None:
     tool.run("audit", "llama", f"--watch={seconds}", code=2)
     assert "not a number of seconds above 0" in tool.err
+
+
+def test_a_backend_with_tls_is_asked_as_the_proxy_does(
+    tmp_path: Path, served: type[Metrics]
+) -> None:
+    ours, theirs = Authority(tmp_path), Authority(tmp_path, "theirs")
+    shown = ours.issue("client", "llmproxyctl.example")
+    issued = theirs.issue("server", "127.0.0.1")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ours.path)
+    context.load_cert_chain(issued.cert, issued.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with ThreadingHTTPServer(("127.0.0.1", 0), served) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"https://127.0.0.1:{server.server_port}"
+        backend = replace(BACKEND, url=url, ca=theirs.path.read_text())
+        known = replace(
+            backend, client_cert=shown.cert.read_text(), client_key=shown.key.read_text()
+        )
+        assert PROMPT in audit.fetch(known)
+        for refused in (backend, replace(known, ca=ours.path.read_text())):
+            with pytest.raises(CommandError, match="https://"):
+                audit.fetch(refused)
+        server.shutdown()
+        thread.join()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from backend import JSON, ScriptedBackend, Stall, json_answer, raw_answer
+from backend import JSON, Close, ScriptedBackend, Stall, json_answer, raw_answer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -22,7 +22,7 @@ from treq import content
 from twisted.internet import error, ssl
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import CancelledError
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 from twisted.python.failure import Failure
 from twisted.web._newclient import (
     RequestGenerationFailed,
@@ -323,10 +323,25 @@ async def test_a_second_connection_resumes_the_session_of_the_first(certificates
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_backend_that_speaks_no_tls_is_refused():
+async def test_a_backend_that_speaks_no_tls_was_sent_nothing():
     async with ScriptedBackend([ANSWER], on_connect=[b"HTTP/1.1 400 Bad\r\n\r\n"]) as backend:
-        with pytest.raises(BackendError):
+        with pytest.raises(NotSent):
             await ask(backend.url.replace("http:", "https:"))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_body_can_be_had_after_its_connection_with_tls_has_ended(certificates):
+    _, tls = certificates.make("127.0.0.1")
+    answer = json_answer(200, {"a": 1}, {"Connection": "close"})
+    async with ScriptedBackend([answer, Close()], tls=tls) as backend:
+        settings = Backend(name="m", url=backend.url, device="gpu", verify_ssl=False)
+        up = connect(settings, reactor, 2.0)
+        response: Any = await up.send("/p", Headers(), BytesBody(b"{}"))
+        response._connection.hold(False)  # its end has come before anybody wants the body
+        await backend.connections[0].when_closed()
+        await deferLater(reactor, 0.05)
+        assert await content(response) == b'{"a":1}'
+        up.close()
 
 
 @pytest_twisted.ensureDeferred

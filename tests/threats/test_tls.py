@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,11 +24,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 from OpenSSL import SSL
 from ports import free_port
-from proxy import ProxyHandle, request_bytes, running_proxy
+from proxy import ProxyHandle, add_keys, request_bytes, running_proxy
+from server_process import running
 from twisted.internet import reactor as _reactor
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import ContextFactory
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
+from twisted.python.failure import Failure
 
 from llmproxy import server_tls
 from llmproxy.errors import ConfigError
@@ -34,6 +39,7 @@ from llmproxy.server_tls import Certificates, Files, without_tls
 
 reactor: Any = _reactor
 
+ROOT = str(Path(__file__).parent.parent.parent)
 TIMEOUT_S = 10.0
 CHAT = "/v1/chat/completions"
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -240,7 +246,7 @@ def test_a_proxy_does_not_start_with_a_certificate_that_has_ended(tmp_path, auth
     done = subprocess.run(
         [sys.executable, "-m", "llmproxy"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)},
+        env={**os.environ, "PYTHONPATH": ROOT},
         capture_output=True,
         text=True,
         timeout=30,
@@ -336,6 +342,71 @@ async def test_a_certificate_that_has_ended_in_service_holds_up_no_reload_of_the
         proxy.proxy.reload()
     assert [line for line in logged if line.startswith("reloaded")]
     assert [line for line in logged if ": 0 days left, until " in line]
+
+
+def soon(holds: Callable[[], bool]) -> None:
+    """Wait until it does."""
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never did")
+
+
+@pytest.mark.timeout(60)
+def test_every_worker_shows_a_renewed_certificate_and_so_does_its_successor(tmp_path, authority):
+    context, first = trusting(authority), server(authority)
+    port, admin_port = free_port(), free_port()
+    (tmp_path / "config.toml").write_text(
+        f'host = "127.0.0.1"\nport = {port}\nworkers = 2\n'
+        f'cert = "{first.cert}"\nkey = "{first.key}"\n'
+        f'[admin]\nlisten = ["tcp:{admin_port}:interface=127.0.0.1"]\n'
+    )
+    log = tmp_path / "server.log"
+    add_keys(tmp_path / "db.sqlite")
+
+    def serials(links: list[ssl.SSLSocket]) -> set[int]:
+        return {spoken(link).serial for link in links}
+
+    def workers() -> list[int]:
+        return [int(pid) for pid in children.read_text().split()]
+
+    with contextlib.ExitStack() as stack:
+
+        def several() -> list[ssl.SSLSocket]:
+            """Connections that stay open, so that both workers have some."""
+            return [stack.enter_context(connect(port, context)) for _ in range(6)]
+
+        process = stack.enter_context(
+            running(
+                [sys.executable, "-m", "llmproxy"],
+                admin_port=admin_port,
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": ROOT},
+            )
+        )
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        old = several()
+        assert serials(old) == {first.serial}
+        second = server(authority)
+        process.send_signal(signal.SIGHUP)
+        soon(lambda: ": renewed, until" in log.read_text())
+        soon(lambda: serials(several()) == {second.serial})
+        assert [ask(link) for link in old] == [b"HTTP/1.1 200 OK"] * len(old)
+
+        second.key.write_text("broken")
+        process.send_signal(signal.SIGHUP)
+        soon(lambda: "not reloaded: " in log.read_text())
+        before = workers()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        soon(lambda: len(workers()) == 2 and not {*before} & {*workers()})
+        assert serials(several()) == {second.serial}
+        with urllib.request.urlopen(f"http://127.0.0.1:{admin_port}/metrics") as answer:
+            assert answer.read().count(f'\n{EXPIRY}{{file="{first.cert}"}} '.encode()) == 1
+    text = log.read_text()
+    assert text.count(": renewed, until") == text.count("not reloaded: ") == 1
+    assert "Traceback" not in text
 
 
 # --- handshakes ----------------------------------------------------------------------------------
@@ -528,21 +599,126 @@ async def test_a_backend_that_can_not_be_trusted_sees_nothing_and_costs_nothing(
         assert backend.received == 0
 
 
+@pytest.mark.parametrize("version", [SSL.TLS1_2_VERSION, SSL.TLS1_3_VERSION])
 @pytest_twisted.ensureDeferred
-async def test_a_backend_that_asks_for_a_certificate_gets_ours(tmp_path, authority):
+async def test_a_backend_that_asks_for_a_certificate_gets_ours(tmp_path, authority, version):
     clients = Authority(tmp_path, "clients")
     ours = clients.below("intermediate").issue("proxy", "proxy.example")
+    strange = Authority(tmp_path, "strange").issue("stranger", "proxy.example")
     tls = _Serves(authority.issue("backend", "127.0.0.1"), clients)
+    tls.getContext().set_max_proto_version(version)
     async with ScriptedBackend([ANSWER], tls=tls) as backend:
-        trust = {"url": backend.url, "ca_file": str(authority.path)}
+        unknown = {"url": backend.url, "ca_file": str(authority.path)}
         known = {"client_cert_file": str(ours.cert), "client_key_file": str(ours.key)}
-        unverified = {"url": backend.url, "verify_ssl": False, **known}
-        backends: Any = {"m": {**trust, **known}, "any": unverified, "unknown": trust}
+        stranger = {"client_cert_file": str(strange.cert), "client_key_file": str(strange.key)}
+        backends: Any = {
+            "m": {**unknown, **known},
+            "any": {"url": backend.url, "verify_ssl": False, **known},
+            "none": unknown,
+            "stranger": {**unknown, **stranger},
+        }
         async with running_proxy(tmp_path, backends) as proxy:
             for model in ("m", "any"):
                 assert (await proxy.post(CHAT, {**ASK, "model": model})).status == 200
-            seen = len(backend.requests)
-            answer = await proxy.post(CHAT, {**ASK, "model": "unknown"})
-            assert answer.status == 502
-            assert len(backend.requests) == seen
-            await proxy.settled(3)
+            seen = backend.received
+            for model in ("none", "stranger"):
+                assert (await proxy.post(CHAT, {**ASK, "model": model})).status == 502
+            assert backend.received == seen
+            settled = [("settled", "complete", 3, 2), ("settled", "backend_failed", None, None)]
+            assert await proxy.settled(4) == [settled[0], settled[0], settled[1], settled[1]]
+
+
+class Mute(Protocol):
+    """Answers the first bytes with `answer`, and then nothing."""
+
+    def __init__(self, factory: Any) -> None:
+        self.seen, self.lost = b"", False
+        self._answer: bytes = factory.answer
+        factory.links.append(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        if not self.seen and self.transport is not None:
+            self.transport.write(self._answer)
+        self.seen += data
+
+    def connectionLost(self, reason: Failure | None = None) -> None:
+        self.lost = True
+
+
+@contextlib.asynccontextmanager
+async def mute_backend(answer: bytes) -> AsyncIterator[tuple[str, list[Mute]]]:
+    """A backend's URL that speaks no more of TLS than `answer`, and its connections."""
+    factory: Any = Factory()
+    factory.answer, factory.links = answer, []
+    factory.buildProtocol = lambda address: Mute(factory)
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+    yield f"https://127.0.0.1:{port.getHost().port}", factory.links
+    await port.stopListening()
+
+
+ALERT = bytes.fromhex("15 0303 0002 02 28")  # handshake failure
+#: A ServerHello of TLS 1.1, with a suite of that time (RFC 4346 section 7.4.1.3).
+OLD = bytes.fromhex("16 0302 002a 02 000026 0302") + bytes(32) + bytes.fromhex("00 c009 00")
+
+
+@pytest.mark.parametrize("answer", [b"", ALERT, OLD, b"HTTP/1.1 200 OK\r\n\r\n"])
+@pytest_twisted.ensureDeferred
+async def test_without_a_handshake_nothing_is_sent_and_nothing_is_to_pay(tmp_path, answer):
+    async with mute_backend(answer) as (url, links):
+        async with running_proxy(tmp_path, {"m": {"url": url, "timeout": 0.5}}) as proxy:
+            asked = await proxy.post(CHAT, ASK)
+            assert asked.status == 502
+            assert await proxy.settled() == [("settled", "backend_failed", None, None)]
+            assert all(b"messages" not in link.seen for link in links)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_backend_is_offered_what_is_strong_and_nothing_else(tmp_path):
+    async with mute_backend(ALERT) as (url, links):
+        async with running_proxy(tmp_path, {"m": {"url": url}}) as proxy:
+            await proxy.post(CHAT, ASK)
+    at = 44 + links[0].seen[43]  # behind the record, the version, the random, the session
+    size = int.from_bytes(links[0].seen[at : at + 2], "big")
+    suites = links[0].seen[at + 2 : at + 2 + size]
+    renegotiation = b"\x00\xff"
+    offered = {suites[n : n + 2] for n in range(0, size, 2)} - {renegotiation}
+    assert offered == {number.to_bytes(2, "big") for number in STRONG}
+    versions = b"\x00\x2b\x00\x05\x04\x03\x04\x03\x03"  # the extension: 1.3 and 1.2
+    assert versions in links[0].seen
+
+
+STRONG = {0x1301, 0x1302, 0x1303, 0xC02B, 0xC02C, 0xC02F, 0xC030, 0xCCA8, 0xCCA9}
+
+
+@pytest_twisted.ensureDeferred
+async def test_authorities_are_read_again_and_other_connections_are_kept(tmp_path, authority):
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(authority.path.read_bytes())
+    tls = _Serves(authority.issue("backend", "127.0.0.1"))
+    settings = {"ca_file": str(ca)}
+    async with ScriptedBackend([ANSWER], tls=tls) as changed, ScriptedBackend([ANSWER]) as other:
+        backends = {"m": {"url": changed.url, **settings}, "other": {"url": other.url}}
+        async with running_proxy(tmp_path, backends) as proxy:
+
+            async def ask_both() -> list[int]:
+                asked = [await proxy.post(CHAT, {**ASK, "model": m}) for m in ("m", "other")]
+                return [answer.status for answer in asked]
+
+            assert await ask_both() == [200, 200]
+            before = len(changed.connections), len(other.connections)
+            proxy.proxy.reload()  # nothing has changed
+            assert await ask_both() == [200, 200]
+            assert (len(changed.connections), len(other.connections)) == before
+
+            ca.write_bytes(Authority(tmp_path, "next").path.read_bytes())
+            proxy.proxy.reload()
+            # Neither the open connection nor its session is used: both were trusted before.
+            assert await ask_both() == [502, 200]
+            ca.write_bytes(ca.read_bytes() + authority.path.read_bytes())
+            proxy.proxy.reload()
+            assert await ask_both() == [200, 200]
+            assert len(other.connections) == before[1]
+
+            ca.write_text("garbage")
+            proxy.proxy.reload()  # refused
+            assert await ask_both() == [200, 200]
