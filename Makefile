@@ -34,6 +34,8 @@ faults: $(VENV)/installed-dev mongod
 
 # The long form of the suites of hostile inputs. Counts what was tried and what passed.
 hostile: $(VENV)/installed-dev $(VENV)/sslyze/$(SSLYZE)
+	@command -v slowhttptest >/dev/null || { \
+	  echo "make hostile: needs slowhttptest: apt-get install slowhttptest" >&2; exit 1; }
 	LLMPROXY_HOSTILE=long $(BIN)/python -m pytest tests/hostile tests/threats
 
 # docs/openapi.yaml as the JSON that the admin site serves.
