@@ -265,7 +265,8 @@ class Storm:
         return self._headed(self._wrong())
 
     def _lines(self) -> bytes:
-        line = self._random.choice(LINES)
+        new = f"M{self._random.randrange(10**6)} /v1/{self._random.randrange(10**6)} HTTP/1.1"
+        line = self._random.choice([*LINES, *[new] * 10])
         return text(f"{line}{CRLF}Host: p{CRLF}Authorization: {self._good}{CRLF}{CRLF}{CANARY}")
 
     def _paths(self) -> bytes:
@@ -281,6 +282,8 @@ class Storm:
 
     def _json(self) -> bytes:
         body = json.loads(self._body("x"))
+        if self._random.random() < 0.2:
+            body["model"] = f"m{self._random.randrange(10**6)}"
         for _ in range(self._random.randint(1, 4)):
             body[self._random.choice(NAMES)] = self._random.choice([*ODD, self._tree(4)])
         raw = json.dumps(body, ensure_ascii=self._random.random() < 0.8)

@@ -20,11 +20,14 @@ import orjson
 import pytest
 from figures import report
 from load import Load
+from prometheus_client.parser import text_string_to_metric_families
 from rig import Rig
 from speech import BY_PATH, CHAT
 from storm import CANARY, CRLF, Input, Storm, large, post
 from tally import LONG, Tally
-from test_surroundings import beats
+from test_surroundings import beats, page
+
+from llmproxy.metrics import METHODS, PATHS
 
 INPUTS = 100_000 if LONG else 3_000
 SEED = random.randrange(10**6)
@@ -237,6 +240,7 @@ def test_a_storm_of_hostile_inputs_harms_nobody(tmp_path: Path) -> None:
                     over_50_ms=every - late[0.05],
                     over_250_ms=every - late[0.25],
                 )
+                check_labels(page(rig, "/metrics"))
                 await asyncio.sleep(0.2)
                 process.terminate()
                 assert await asyncio.to_thread(process.wait, 20) == 0
@@ -249,6 +253,20 @@ def test_a_storm_of_hostile_inputs_harms_nobody(tmp_path: Path) -> None:
     assert figures["mib_after"] - figures["mib_before"] < GROWTH_MIB
     # On a quiet machine none is over 50 ms; others may use this one too.
     assert figures["over_250_ms"] < 0.02 * figures["beats"]
+
+
+def check_labels(exposition: str) -> None:
+    """No metric has a label of the clients' making."""
+    known = {
+        "method": {*METHODS, "other"},
+        "path": {*PATHS, "other"},
+        "model": {"m", "other"},
+        "status": {*map(str, range(200, 600)), "none", "other"},
+    }
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            for name in sample.labels.keys() & known.keys():
+                assert sample.labels[name] in known[name], sample
 
 
 def check_bills(rig: Rig, good: int) -> None:

@@ -259,6 +259,7 @@ async def _talk(rig: Rig) -> None:
 def _look(rig: Rig, process: subprocess.Popen[bytes], temporary: Path) -> None:
     assert assert_clean(left_open(process.pid)) >= 4  # the log, the database and what goes with it
     assert assert_clean(on_disk([rig.folder, temporary])) >= 4
+    assert list(temporary.iterdir()) == []  # so it may be full
     admin = f"http://127.0.0.1:{rig.admin_port}"
     assert_clean((page, fetch(admin + page)) for page in ("/metrics", "/readyz", "/healthz"))
     proc = Path(f"/proc/{process.pid}")

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import resource
 import signal
 import time
 import urllib.request
@@ -17,20 +18,29 @@ from pathlib import Path
 import pytest
 from load import Load, until
 from rig import Rig, ended
+from server_process import get_status
 from speech import CHAT
 from tally import LONG
 from test_storage_faults import CLIENTS, Trial
 
+from llmproxy.storage.sqlite import connect
+
 #: How long the process gets no processor.
 STILL_S = 10.0 if LONG else 1.5
+MIB = 2**20
 HERE = Path(__file__).parent
 LEAPING, RESOLVING = HERE / "leaping.py", HERE / "resolving.py"
 
 
+def page(rig: Rig, path: str) -> str:
+    """A page of the admin site."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{rig.admin_port}{path}", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
 def beats(rig: Rig) -> tuple[int, dict[float, int]]:
     """How often the proxy's heart has beaten, and how often it was at most so late (seconds)."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{rig.admin_port}/metrics", timeout=5) as page:
-        lines = page.read().decode().splitlines()
+    lines = page(rig, "/metrics").splitlines()
     prefix = "llmproxy_loop_lag_seconds_bucket{le="
     values = [line.removeprefix(prefix).split() for line in lines if line.startswith(prefix)]
     counts = {float(bound.strip('"}')): int(float(number)) for bound, number in values}
@@ -68,11 +78,12 @@ def test_a_clock_that_leaps_by_a_day_changes_no_answer_and_no_bill(tmp_path: Pat
 # -- names -----------------------------------------------------------------------------------------
 
 
-async def ask(rig: Rig, model: str) -> tuple[int, float]:
+async def ask(rig: Rig, model: str, more: str = "") -> tuple[int, float]:
     """The status of an answer to a small request, and how long it took."""
     began = time.monotonic()
     link, out = await asyncio.open_connection("127.0.0.1", rig.port)
     body = CHAT.request(model, f"{model}-{began} 3 2 1", stream=False)
+    body = body[:-1] + f',"user":"{more}"}}'.encode()
     lines = [f"POST {CHAT.path} HTTP/1.1", "Host: p", "Content-Type: application/json"]
     lines += [f"Authorization: Bearer {Load.key(0)}", f"Content-Length: {len(body)}", "", ""]
     out.write("\r\n".join(lines).encode() + body)
@@ -175,3 +186,70 @@ def test_a_process_that_stood_still_goes_on_where_it_was(tmp_path: Path) -> None
     assert trial.seconds["recovered_in_s"] < 5
     # An opening may have waited too long by then.
     assert {each.status for each in trial.load.asked} <= {200, 503, None}
+
+
+# -- the memory and the disk -----------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+def test_a_process_without_memory_for_some_serves_the_others(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, clients=1, command=["-m", "llmproxy"])
+
+    async def story(url: str) -> None:
+        rig.configure(url)
+        async with rig.running() as process:
+            assert (await ask(rig, "m"))[0] == 200
+            allow_mib(process.pid, 48)
+            large = [ask(rig, "m", "x" * 24 * MIB) for _ in range(4)]
+            assert {status for status, _ in await asyncio.gather(*large)} <= {200, 500, 503}
+            for _ in range(5):
+                assert (await ask(rig, "m"))[0] == 200
+            process.terminate()
+            assert (await asyncio.to_thread(ended, process, 20))[0] == 0
+
+    with rig.backend() as url:
+        asyncio.run(story(url))
+    assert "MemoryError" in rig.output()
+    assert not rig.open_rows()
+    assert rig.query("SELECT count(*) FROM event_oneoff")[0][0] >= 2 * 6
+
+
+def allow_mib(pid: int, more: int) -> None:
+    """A process gets so much more memory, and then none."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more * MIB
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.timeout(60)
+def test_a_damaged_database_refuses_new_work_and_stops_nobody(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, clients=1, command=["-m", "llmproxy"])
+
+    async def story(url: str) -> None:
+        rig.configure(url)
+        async with rig.running() as process:
+            assert (await ask(rig, "m"))[0] == 200
+            damage(rig.database)
+            began = time.monotonic()
+            while (answer := await ask(rig, "m"))[0] != 503:  # what it has read is not read again
+                assert time.monotonic() - began < 20, answer
+            assert get_status(f"http://127.0.0.1:{rig.admin_port}/healthz") == 200
+            assert get_status(f"http://127.0.0.1:{rig.admin_port}/readyz") == 503
+            assert process.poll() is None
+
+    with rig.backend() as url:
+        asyncio.run(story(url))
+    assert "Traceback" not in rig.output()
+    assert "malformed" in rig.output()
+
+
+def damage(database: Path) -> None:
+    """Nothing is left of its pages but the first one."""
+    connection = connect(database)
+    connection.execute("PRAGMA user_version = 77")  # whoever has pages in memory reads them again
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    with database.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(4096)
+        file.write(b"\xa5" * (size - 4096))
