@@ -38,6 +38,8 @@ Where = tuple[str, ...]
 
 #: 23 days. The reactor's epoll counts milliseconds in 32 bits.
 MAX_SECONDS = 2_000_000
+#: How one of several servers is chosen: see `balancing.py`.
+POLICIES = ("least_in_flight", "round_robin", "weighted", "prefix")
 MIB = 2**20
 GIB = 2**30
 
@@ -152,6 +154,12 @@ def _read_url(value: object) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
+def _read_urls(value: object) -> tuple[str, ...]:
+    found = tuple(_read_url(each) for each in _typed(value, list))
+    _require(found and len(set(found)) == len(found))
+    return found
+
+
 def _read_moment(value: object) -> datetime:
     if isinstance(value, datetime):
         return value.astimezone(UTC) if value.tzinfo else value.replace(tzinfo=UTC)
@@ -203,6 +211,7 @@ URL = Rule(
     _read_url,
     hidden=True,
 )
+URLS = Rule("a list of URLs like those of url, each once", _read_urls, hidden=True)
 DATABASE = _matching(
     "sqlite://PATH (a file), mongodb://... or mongodb+srv://...", _is_database, secret=True
 )
@@ -269,16 +278,31 @@ class KeyLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Backend:
-    """An LLM server. `name` is the model's name as clients and bills have it.
+class Replica:
+    """One of several servers of a model. `token` and `model` are the backend's where they are None;
+    `weight` is its share."""
 
-    `url` has no trailing slash and no `/v1`. `model` is the server's own name for the model,
+    url: Annotated[str, URL]
+    token: Annotated[str | None, TOKEN] = field(default=None, repr=False)
+    model: Annotated[str | None, LABEL] = None
+    weight: Annotated[int, _whole(1, 1000)] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """A model, and the LLM servers that have it. `name` is the model's name as clients and bills
+    have it.
+
+    The servers are one `url`, several `urls`, or `replicas`: see `servers_of`. `url` has no
+    trailing slash and no `/v1`. `model` is the server's own name for the model,
     where it has another one. `timeout` and `drain_timeout` are in seconds. `ca`, `client_cert` and
     `client_key` are PEM: what was in their files when they were read.
     """
 
     name: str
-    url: Annotated[str, URL]
+    url: Annotated[str, URL] = ""
+    urls: Annotated[tuple[str, ...], URLS] = ()
+    replicas: tuple[Replica, ...] = ()
     token: Annotated[str | None, TOKEN] = field(default=None, repr=False)
     device: Annotated[str, DEVICE]
     model: Annotated[str | None, LABEL] = None
@@ -293,6 +317,13 @@ class Backend:
     on_disconnect: Annotated[str, _one_of("drain", "cancel")] = "drain"
     drain_timeout: Annotated[float, TIMEOUT] = 300.0
     drain_max_tokens: Annotated[int, SIZE] = 32_768
+    policy: Annotated[str, _one_of(*POLICIES)] = "least_in_flight"
+    retry_begun: Annotated[bool, BOOLEAN] = False
+    circuit_failures: Annotated[int, SIZE] = 5
+    circuit_pause: Annotated[float, TIMEOUT] = 10.0
+    max_concurrent: Annotated[int | None, SIZE] = None
+    queue_size: Annotated[int, _whole(0, 1_000_000)] = 0
+    queue_timeout: Annotated[float, TIMEOUT] = 30.0
     media_urls: Annotated[bool, BOOLEAN] = False
     max_choices: Annotated[int, SIZE] = 128
     max_batch: Annotated[int, SIZE] = 2048
@@ -357,6 +388,31 @@ class Config:
     limits: KeyLimits = field(default_factory=KeyLimits)
     backends: Mapping[str, Backend] = field(default_factory=lambda: MappingProxyType({}))
 
+
+def servers_of(backend: Backend) -> tuple[Replica, ...]:
+    """The servers of a model, one at least."""
+    return backend.replicas or tuple(Replica(url=url) for url in backend.urls or (backend.url,))
+
+
+def member(backend: Backend, server: Replica) -> Backend:
+    """The backend as if this were its one server, without what holds for all of them together: two
+    that are equal can share connections."""
+    of_all: dict[str, typing.Any] = {name: _DEFAULTS[name] for name in OF_ALL}
+    return replace(
+        backend,
+        url=server.url,
+        token=server.token or backend.token,
+        model=server.model or backend.model,
+        **of_all,
+    )
+
+
+#: What a backend's servers have in common: where they are, how one is chosen, and its names.
+OF_ALL = (
+    *("urls", "replicas", "aliases", "policy", "retry_begun"),
+    *("max_concurrent", "queue_size", "queue_timeout"),
+)
+_DEFAULTS = {each.name: each.default for each in fields(Backend)}
 
 #: What a running proxy takes over when it reads its configuration again.
 RELOADED = ("backends", "prices")
@@ -526,6 +582,8 @@ class _Reader:
         return _anchored(cls(**values), self._base) if len(self.errors) == before else None
 
     def _nested(self, hint: typing.Any, section: object, where: Where) -> object:
+        if typing.get_origin(hint) is tuple:
+            return self._replicas(section or [], where)
         if typing.get_origin(hint) is not Mapping:
             return self.section(hint, section, where)
         if typing.get_args(hint)[1] is not Backend:
@@ -549,7 +607,32 @@ class _Reader:
         )
 
     def _backend(self, section: object, where: Where) -> Backend | None:
-        return self.section(Backend, section, where, where[-1])
+        backend = self.section(Backend, section, where, where[-1])
+        if isinstance(section, Mapping):
+            self._check_servers(section, where)
+        return backend
+
+    def _check_servers(self, section: Mapping[str, object], where: Where) -> None:
+        given = [key for key in ("url", "urls", "replicas") if key in section]
+        if not given:
+            self._refuse((*where, "url"), "missing")
+        if "replicas" in section and not section["replicas"]:
+            self._refuse((*where, "replicas"), "there are none")
+        for other in given[1:]:
+            self._refuse((*where, other), f"can't be given together with {given[0]}")
+
+    def _replicas(self, section: object, where: Where) -> tuple[Replica, ...]:
+        if not isinstance(section, list):
+            self._refuse(where, "expected a list of tables")
+            return ()
+        found = [
+            self.section(Replica, each, (*where[:-1], f"{where[-1]}[{n}]"))
+            for n, each in enumerate(section)
+        ]
+        replicas = tuple(each for each in found if each is not None)
+        if len({each.url for each in replicas}) < len(replicas):
+            self._refuse(where, "two of them have the same url")
+        return replicas
 
     def _check_aliases(self, backends: Mapping[str, Backend | None], where: Where) -> None:
         """Each name has one owner."""

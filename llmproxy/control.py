@@ -6,6 +6,7 @@
                                             <---   ready (metrics, checks), or failed (reason)
                                             <---   report (metrics, checks), once a second
        reload (config, pems)                --->
+       down (servers): what is down now     --->
        stop (linger)                        --->
        cut: wait for no stream any longer   --->
        leave: the others have ended         --->
@@ -71,8 +72,15 @@ def _section(section: Any) -> dict[str, Any]:
             found[each.name] = _plain(value)
     if isinstance(section, config.Backend):
         del found["name"]  # stands before the table
-        found["url"] += "/v1"  # which `parse` takes away, once
+    for key in ("url", "urls"):
+        if key in found:
+            found[key] = _with_v1(found[key])
     return found
+
+
+def _with_v1(value: Any) -> Any:
+    """What `parse` takes away, once."""
+    return [f"{url}/v1" for url in value] if isinstance(value, list) else f"{value}/v1"
 
 
 def _plain(value: Any) -> Any:

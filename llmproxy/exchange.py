@@ -13,17 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
 from llmproxy import audio, dialects, headers, policy, rewrite
+from llmproxy.affinity import affinity
 from llmproxy.agent import BytesBody
 from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
-from llmproxy.backends import Backends
-from llmproxy.billing import settlement
+from llmproxy.backends import Backends, Route
+from llmproxy.billing import NOTHING, settlement
 from llmproxy.checkpoints import Checkpoints
-from llmproxy.config import Config
+from llmproxy.config import Backend, Config
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Body, Dialect, Endpoint
 from llmproxy.errors import (
@@ -31,20 +33,23 @@ from llmproxy.errors import (
     BackendTimeout,
     ProxyError,
     StorageError,
+    TooManyRequests,
     Unavailable,
     UnsupportedMediaType,
 )
+from llmproxy.failover import may_be_repeated, went_well
 from llmproxy.form import Form
-from llmproxy.forward import Ending, Forward, Order, Timing
+from llmproxy.forward import Admitted, Ending, Forward, Order, Timing
 from llmproxy.framing import Fields
 from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.limits import Limits
 from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.metrics import BackendMetrics, Metrics
-from llmproxy.model import BILLED, Account, Entry, Kind, Outcome, Settlement, State, utcnow
+from llmproxy.model import BILLED, Account, Attempt, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.outline import Outliner
 from llmproxy.prices import PriceList
+from llmproxy.queueing import FairQueue
 from llmproxy.storage import ILedger
 from llmproxy.upload import BLOCK, ClientGone
 from llmproxy.upstream import NotSent
@@ -53,6 +58,8 @@ if TYPE_CHECKING:
     from llmproxy.site import Request
 
 log = Logger()
+
+_NOT_SENT = Ending(Outcome.REFUSED, NOTHING, ProxyError("Something went wrong on our side."))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,11 +148,17 @@ class Exchange:
         if limits is not None:
             limits.enter(account)
         try:
-            order = await self._admit(account)
-            entry = self._entry(account, order)
-            await self._open(entry)
-            ending = await self._send(entry, order)
-            await self._settle(entry, ending)
+            admitted = await self._admit(account)
+            queue = admitted.model.queue
+            if not queue.enter_at_once():
+                await self._wait(queue, account.key_id)
+            try:
+                entry = self._entry(account, admitted.model.backend)
+                await self._open(entry)
+                ending = await self._send(entry, admitted)
+                await self._settle(entry, ending)
+            finally:
+                queue.leave()
         finally:  # before the client has its answer's end, and can ask again
             if limits is not None:
                 limits.leave(account)
@@ -159,7 +172,7 @@ class Exchange:
         known = authenticator.known(key)
         return known or await authenticator.authenticate(key, self._request.peer)
 
-    async def _admit(self, account: Account) -> Order:
+    async def _admit(self, account: Account) -> Admitted:
         sent = self._request.fields
         if b"content-encoding" in sent:
             raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
@@ -167,36 +180,41 @@ class Exchange:
             return await self._admit_form(sent, account)
         return await self._admit_json(sent, account)
 
-    async def _admit_json(self, sent: Fields, account: Account) -> Order:
+    async def _admit_json(self, sent: Fields, account: Account) -> Admitted:
         if headers.media_type(sent) != b"application/json":
             raise UnsupportedMediaType("Content-Type must be application/json.")
         config, endpoint = self._services.config, self._endpoint
         raw = self._request.upload.at_once(config.max_json_body)
         request = rewrite.plan(endpoint, raw) if raw is not None else await self._json_request()
         self._model = request.model
-        route = self._services.backends.find(request.model, account.models)
-        backend = route.backend
-        policy.check(endpoint, request.body, backend)
-        continuous = backend.usage == "continuous"
-        name = backend.model or backend.name
-        body = rewrite.body_for(request, endpoint, model=name, continuous=continuous)
-        meter = None
-        if request.stream:
-            meter = StreamMeter(
-                endpoint.shape,
-                show_usage=request.show_usage,
-                continuous=continuous,
-                show_continuous=request.show_continuous,
-                several=request.several,
+        model = self._services.backends.find(request.model, account.models)
+        policy.check(endpoint, request.body, model.backend)
+        continuous = model.backend.usage == "continuous"
+
+        def order(route: Route) -> Order:
+            backend, meter = route.backend, None
+            name = backend.model or backend.name
+            body = rewrite.body_for(request, endpoint, model=name, continuous=continuous)
+            if request.stream:
+                meter = StreamMeter(
+                    endpoint.shape,
+                    show_usage=request.show_usage,
+                    continuous=continuous,
+                    show_continuous=request.show_continuous,
+                    several=request.several,
+                )
+            return Order(
+                route=route,
+                path=endpoint.path,
+                headers=headers.for_backend(sent, b"application/json", backend.token),
+                body=BytesBody(body),
+                read=lambda answer: read_answer(endpoint.shape, answer),
+                meter=meter,
             )
-        return Order(
-            route=route,
-            path=endpoint.path,
-            headers=headers.for_backend(sent, b"application/json", backend.token),
-            body=BytesBody(body),
-            read=lambda answer: read_answer(endpoint.shape, answer),
-            meter=meter,
-        )
+
+        if model.backend.policy == "prefix":
+            return Admitted(model, order, affinity(request.body))
+        return Admitted(model, order)
 
     async def _json_request(self) -> rewrite.JSONRequest:
         """The request in a body that has still to come, or that is large."""
@@ -216,7 +234,7 @@ class Exchange:
         await deferLater(self._services.clock, 0)
         return request
 
-    async def _admit_form(self, sent: Fields, account: Account) -> Order:
+    async def _admit_form(self, sent: Fields, account: Account) -> Admitted:
         config = self._services.config
         boundary = audio.boundary_of(sent.get(b"content-type", b""))
         self._request.upload.refuse_over(config.client_max_size)
@@ -229,25 +247,44 @@ class Exchange:
             timeout_s=config.timeout_read,
         )
         self._model = await form.model()
-        route = self._services.backends.find(self._model, account.models)
-        backend = route.backend
-        form.start(backend.model or backend.name, backend.timeout or config.timeout_read)
+        model = self._services.backends.find(self._model, account.models)
 
         def convert(body: bytes) -> Answer:
             content_type, converted = audio.convert(body, form.response_format)
             return Answer(200, converted, [(b"Content-Type", content_type)])
 
-        return Order(
-            route=route,
-            path=self._endpoint.path,
-            headers=headers.for_backend(sent, form.content_type, backend.token),
-            body=form,
-            read=audio.read_audio,
-            convert=convert,
-        )
+        def order(route: Route) -> Order | None:
+            backend = route.backend
+            patience_s = backend.timeout or config.timeout_read
+            if not form.start(backend.model or backend.name, patience_s):
+                return None
+            return Order(
+                route=route,
+                path=self._endpoint.path,
+                headers=headers.for_backend(sent, form.content_type, backend.token),
+                body=form,
+                read=audio.read_audio,
+                convert=convert,
+            )
 
-    def _entry(self, account: Account, order: Order) -> Entry:
-        backend, now = order.route.backend, utcnow()
+        return Admitted(model, order)
+
+    async def _wait(self, queue: FairQueue, key_id: str) -> None:
+        """Wait for a place, as long as the client does. Raises TooManyRequests, ClientGone."""
+        try:
+            turn = queue.wait(key_id)
+            self._down.when_gone(turn.cancel)
+            await turn
+        except CancelledError:
+            raise ClientGone from None
+        except TooManyRequests:
+            self._services.metrics.limited("max_concurrent")
+            raise
+        finally:
+            self._down.when_gone(None)
+
+    def _entry(self, account: Account, backend: Backend) -> Entry:
+        now = utcnow()
         return Entry(
             rid=self._request.rid,
             opened=now,
@@ -267,7 +304,62 @@ class Exchange:
             raise Unavailable("Requests can't be taken right now; try again shortly.") from None
         self._services.metrics.ledger_rows(State.OPEN)
 
-    async def _send(self, entry: Entry, order: Order) -> Ending:
+    async def _send(self, entry: Entry, admitted: Admitted) -> Ending:
+        """Ask one server, and another one as long as that is allowed and helps."""
+        ending = _NOT_SENT
+        tried: list[Route] = []
+        order = self._order(admitted, tried)
+        while order is not None:
+            ending = await self._attempt(entry, order)
+            if len(admitted.model.routes) == 1:
+                break
+            tried.append(order.route)
+            self._note(entry, len(tried), order.route, ending)
+            order = self._again(admitted, ending, tried)
+        return ending
+
+    def _order(self, admitted: Admitted, tried: list[Route]) -> Order | None:
+        """The request for the next server. None if there is no other, or it can't be made."""
+        now = self._services.monotonic()
+        route = admitted.model.choose(now, affinity=admitted.affinity, tried=tried)
+        try:
+            return None if route is None else admitted.order(route)
+        except Exception:  # its row is open, and must be closed all the same
+            log.failure("exchange {rid} failed", rid=self._request.rid)
+            return None
+
+    def _again(self, admitted: Admitted, ending: Ending, tried: list[Route]) -> Order | None:
+        """The request for another server, if there is one and it may be asked."""
+        begun_too = admitted.model.backend.retry_begun
+        if self._down.started or self._down.gone or self._is_cut:
+            return None
+        if not may_be_repeated(ending, begun_too=begun_too):
+            return None
+        order = self._order(admitted, tried)
+        if order is not None and self._metrics is not None:
+            self._metrics.failed_over()
+        return order
+
+    def _note(self, entry: Entry, number: int, route: Route, ending: Ending) -> None:
+        """Each attempt is a fact, though one is billed."""
+        attempt = Attempt(
+            entry.rid, number, utcnow(), route.backend.url, ending.outcome, ending.status
+        )
+        noted = self._services.ledger.note(attempt)
+        noted.addErrback(lambda failure: log.failure("an attempt is not noted", failure))
+
+    async def _attempt(self, entry: Entry, order: Order) -> Ending:
+        route = order.route
+        went = None
+        route.enter()
+        try:
+            ending = await self._forwarded(entry, order)
+            went = went_well(ending)
+        finally:
+            route.leave(went, self._services.monotonic())
+        return ending
+
+    async def _forwarded(self, entry: Entry, order: Order) -> Ending:
         services, backend = self._services, order.route.backend
         config = services.config
         timing = Timing(backend.timeout or config.timeout_read, config.keepalive_interval)

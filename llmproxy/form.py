@@ -46,6 +46,7 @@ class Form:
         self._patience_s = timeout_s
         self._size = 0
         self._ready = b""
+        self._named: str | None = None  # the model's name in it
         self._gate: Deferred[None] | None = None
         self._sent: Deferred[None] = Deferred()
         self._pump: Deferred[None] | None = None
@@ -66,10 +67,18 @@ class Form:
             self._ready += self._rewriter.feed(data)
         return self._rewriter.model or ""
 
-    def start(self, backend_model: str, patience_s: float) -> None:
-        """The backend's name for the model, and how long it may take no more in mid-form."""
+    def start(self, backend_model: str, patience_s: float) -> bool:
+        """The backend's name for the model, and how long it may take no more in mid-form.
+
+        False: it can't go there any more, since another backend has got some of it, or another
+        name is in it.
+        """
+        if self._named is not None:
+            return self._named == backend_model and self._pump is None
+        self._named = backend_model
         self._patience_s = patience_s
         self._ready += self._rewriter.start(backend_model)
+        return True
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
         """See `IBodyProducer.startProducing`."""

@@ -22,7 +22,7 @@ from twisted.web.http_headers import Headers
 from llmproxy import headers
 from llmproxy.agent import Response, nothing
 from llmproxy.answers import Answer, refusal
-from llmproxy.backends import Route
+from llmproxy.backends import Model, Route
 from llmproxy.billing import NOTHING
 from llmproxy.downstream import Downstream
 from llmproxy.errors import BackendError, BackendTimeout, ProxyError, Unavailable
@@ -62,6 +62,18 @@ class Order(NamedTuple):
     read: Callable[[bytes], Reading]
     meter: StreamMeter | None = None
     convert: Callable[[bytes], Answer] | None = None
+
+
+class Admitted(NamedTuple):
+    """A request that may go to one of a model's servers.
+
+    order: what it is for this one; None when it can't be sent there (any more). affinity: what it
+    has in common with requests that had better go to the same server.
+    """
+
+    model: Model
+    order: Callable[[Route], Order | None]
+    affinity: bytes = b""
 
 
 class Ending(NamedTuple):

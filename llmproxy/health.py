@@ -1,12 +1,13 @@
-"""Whether backends answer: each one's `/health` is asked at start and then at an interval.
+"""Whether servers answer: each one's `/health` is asked at start and then at an interval.
 
-It informs and decides nothing: a backend that is down still gets its requests, as each model has
-one server, and that server's own answer tells a client more than we could.
+Of a model's servers those that are up go first. Where none is, they get their requests all the
+same: a server's own answer tells a client more than we could.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Generic, NoReturn, Protocol, TypeVar
 
@@ -51,8 +52,8 @@ class Checked(Protocol):
 B = TypeVar("B", bound=Checked)
 #: Ask a backend's `/health`, and give the answer's status; to be cancelled at any time.
 Fetch = Callable[[B], Awaitable[int]]
-#: Told the result of each check: name, and whether it is up (None: not known any more).
-Report = Callable[[str, bool | None], None]
+#: Told the result of each check: name, URL, and whether it is up (None: not known any more).
+Report = Callable[[str, str, bool | None], None]
 
 _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (error.ConnectionRefusedError, "connection refused"),
@@ -114,22 +115,31 @@ class HealthChecks(Service, Generic[B]):
         backends: Iterable[B],
         fetch: Fetch[B],
         clock: IReactorTime,
-        report: Report = lambda name, up: None,
+        report: Report = lambda name, url, up: None,
         *,
         interval_s: float = INTERVAL_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._fetch, self._clock, self._report = fetch, clock, report
         self._interval_s, self._timeout_s = interval_s, timeout_s
-        self._probes: dict[str, _Probe[B]] = {}
+        self._probes: dict[tuple[str, str], _Probe[B]] = {}
         self._loop = LoopingCall(self._ask_all)
         self._loop.clock = clock
         self.update(backends)
 
     @property
     def states(self) -> Mapping[str, Health]:
-        """What is known now, by backends' names."""
-        return {name: probe.health for name, probe in self._probes.items()}
+        """What is known now, by backends' names; with the URL where it has several servers."""
+        several = Counter(name for name, _ in self._probes)
+        return {
+            name if several[name] == 1 else f"{name} at {url}": probe.health
+            for (name, url), probe in self._probes.items()
+        }
+
+    @property
+    def down(self) -> set[tuple[str, str]]:
+        """The servers that are down, by name and URL."""
+        return {key for key, probe in self._probes.items() if probe.health is Health.DOWN}
 
     def startService(self) -> None:
         """Ask all for the first time."""
@@ -150,19 +160,21 @@ class HealthChecks(Service, Generic[B]):
         """Check these from now on; of those that stay (name and URL) the state stays."""
         old = self._probes
         self._probes = {
-            backend.name: self._kept(old.get(backend.name), backend) for backend in backends
+            key: self._kept(old.get(key), backend)
+            for backend in backends
+            for key in [(backend.name, backend.url)]
         }
-        for name, probe in old.items():
-            if self._probes.get(name) is not probe:
+        for key, probe in old.items():
+            if self._probes.get(key) is not probe:
                 probe.give_up()
-                self._report(name, None)
+                self._report(*key, None)
         if self.running:
-            for name, probe in self._probes.items():
-                if old.get(name) is not probe:
+            for key, probe in self._probes.items():
+                if old.get(key) is not probe:
                     self._ask(probe)
 
     def _kept(self, probe: _Probe[B] | None, backend: B) -> _Probe[B]:
-        if probe is None or probe.backend.url != backend.url:
+        if probe is None:
             return _Probe(backend)
         probe.backend = backend
         return probe
@@ -180,15 +192,15 @@ class HealthChecks(Service, Generic[B]):
 
     async def _check(self, probe: _Probe[B]) -> None:
         health, reason = await self._asked(probe.backend)
-        name, before = probe.backend.name, probe.health
-        if not self.running or self._probes.get(name) is not probe:
+        name, url, before = probe.backend.name, probe.backend.url, probe.health
+        if not self.running or self._probes.get((name, url)) is not probe:
             return  # given up
         probe.health = health
         if health is not before:
             tell = log.info if health is Health.UP else log.warn
-            text = "backend {backend} is {state}: {reason}"
-            tell(text, backend=name, state=health.value, reason=reason)
-        self._report(name, health is Health.UP)
+            text = "backend {backend} at {server} is {state}: {reason}"
+            tell(text, backend=name, server=url, state=health.value, reason=reason)
+        self._report(name, url, health is Health.UP)
 
     async def _asked(self, backend: B) -> tuple[Health, str]:
         answer = Deferred.fromCoroutine(self._status(backend))

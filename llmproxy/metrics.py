@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
@@ -30,9 +31,11 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from llmproxy.balancing import Standing
 from llmproxy.connections import ADDRESS, IDLE, TOTAL
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.model import Counts, Kind, State
+from llmproxy.queueing import FairQueue
 from llmproxy.totals import Numbers, Snapshot
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -53,7 +56,10 @@ PATHS = frozenset({*ENDPOINTS, MODELS_PATH})
 ERROR_TYPES = frozenset({"connect", "timeout", "refused", "truncated", "stalled", "backend_failed"})
 
 #: The settings for which a request is refused with 429.
-LIMITS = ("failed_keys_per_minute", "requests_per_minute", "concurrent_requests")
+LIMITS = (
+    *("failed_keys_per_minute", "requests_per_minute", "concurrent_requests"),
+    "max_concurrent",
+)
 
 # 1 ms to 300 s: counting tokens at one end, a long answer of a reasoning model at the other.
 DURATION_BUCKETS = (
@@ -302,6 +308,12 @@ class _PerBackend:
             "What went wrong with a backend.",
             ["model", "error_type"],
         )
+        self.failovers = _Counters(
+            registry,
+            "llmproxy_failovers",
+            "Requests that went on to another server, as one failed.",
+            model,
+        )
         self.tokens = _Counters(
             registry, "llmproxy_tokens", "Tokens that were billed.", ["model", "type"]
         )
@@ -330,6 +342,7 @@ class BackendMetrics:
     __slots__ = (
         "_duration",
         "_errors",
+        "_failovers",
         "_families",
         "_model",
         "_quantities",
@@ -348,6 +361,7 @@ class BackendMetrics:
             else families.tokens.cell(model, kind.value)
             for kind in Kind
         }
+        self._failovers = families.failovers.cell(model)
         self._duration = families.duration.cell(model).observe
         #: Takes the time from the request to the first token of a stream.
         self.first_token = families.first_token.cell(model).observe
@@ -362,6 +376,10 @@ class BackendMetrics:
             found = self._requests[status] = self._families.requests.cell(self._model, label)
         found.value += 1
         self._duration(seconds)
+
+    def failed_over(self) -> None:
+        """A server failed, and another one is asked."""
+        self._failovers.add()
 
     def error(self, error_type: str) -> None:
         """Something went wrong: one of `ERROR_TYPES`."""
@@ -387,8 +405,8 @@ class Metrics:
         self._up = _Gauges(
             registry,
             "llmproxy_backend_up",
-            "Whether a backend answers its health check (absent: not known yet).",
-            ["model"],
+            "Whether a server answers its health check (absent: not known yet).",
+            ["model", "server"],
         )
         self._certificates = _Gauges(
             registry,
@@ -396,6 +414,7 @@ class Metrics:
             "Until when a certificate shown to clients is valid, as Unix time.",
             ["file"],
         )
+        self._servers(registry)
         self._ledger(registry)
         build = _Gauges(registry, "llmproxy_build_info", "The proxy's version.", ["version"])
         build.cell(version).set(1)
@@ -404,6 +423,21 @@ class Metrics:
         self._other = BackendMetrics(self._families, OTHER)
         self._backends: dict[str, BackendMetrics] = {}
         self.set_models(models)
+
+    def _servers(self, registry: _Registry) -> None:
+        server = ["model", "server"]
+        self._in_flight = _Gauges(
+            registry, "llmproxy_server_in_flight", "Requests at a server now.", server
+        )
+        self._circuits = _Gauges(
+            registry,
+            "llmproxy_server_circuit_open",
+            "Processes that leave a server alone after failures.",
+            server,
+        )
+        self._queues = _Gauges(
+            registry, "llmproxy_queue_length", "Requests that wait for a place.", ["model"]
+        )
 
     def _front(self, registry: _Registry) -> None:
         self._requests = _Counters(
@@ -495,19 +529,32 @@ class Metrics:
         self._backends = {
             name: self._backends.get(name) or BackendMetrics(self._families, name) for name in names
         }
-        for labels in [labels for labels in self._up.cells if labels[0] not in names]:
-            del self._up.cells[labels]
+        for family in (self._up, self._in_flight, self._circuits, self._queues):
+            for labels in [labels for labels in family.cells if labels[0] not in names]:
+                del family.cells[labels]
+
+    def watch(
+        self, servers: Mapping[tuple[str, str], Standing], queues: Mapping[str, FairQueue]
+    ) -> None:
+        """Show how these servers do and how many wait, by models' names, at each scrape."""
+        for family in (self._in_flight, self._circuits, self._queues):
+            family.cells.clear()
+        for labels, standing in servers.items():
+            self._in_flight.cell(*labels).follow(partial(getattr, standing, "in_flight"))
+            self._circuits.cell(*labels).follow(partial(getattr, standing, "is_open"))
+        for model, queue in queues.items():
+            self._queues.cell(model).follow(partial(getattr, queue, "waiting"))
 
     def for_backend(self, name: str) -> BackendMetrics:
         """What is counted for this backend; names that are not configured share one."""
         return self._backends.get(name, self._other)
 
-    def backend_up(self, name: str, up: bool | None) -> None:
-        """The backend answers its health check, or doesn't; None when that isn't known."""
+    def backend_up(self, name: str, server: str, up: bool | None) -> None:
+        """The server answers its health check, or doesn't; None when that isn't known."""
         if up is None:
-            self._up.cells.pop((name,), None)
+            self._up.cells.pop((name, server), None)
         elif name in self._backends:
-            self._up.cell(name).set(up)
+            self._up.cell(name, server).set(up)
 
     def certificate(self, file: str, ends: float) -> None:
         """The certificate in this file is valid until this Unix time."""

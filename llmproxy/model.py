@@ -119,6 +119,17 @@ class Settlement(NamedTuple):
     raw: str | None = None
 
 
+class Attempt(NamedTuple):
+    """One server's part in a request, of a model that has several; `number` counts from 1."""
+
+    rid: str
+    number: int
+    ended: datetime
+    server: str  # its URL
+    outcome: Outcome
+    status: int | None
+
+
 class Event(NamedTuple):
     """One line of a bill, as delivered: identity is (`rid`, `product`)."""
 

@@ -69,7 +69,7 @@ class Proxy(logs.LoggingService):
         self.ports: list[IListeningPort] = []
         self.admin_ports: list[IListeningPort] = []
         self.backends = Backends(
-            lambda backend: connect(backend, reactor, self.config.timeout_connect)
+            lambda backend: connect(backend, reactor, self.config.timeout_connect), reactor
         )
         self.certificates = Certificates(self.metrics.certificate)
         self.started: Deferred[None] = Deferred()
@@ -102,13 +102,22 @@ class Proxy(logs.LoggingService):
         self._services = services = self._make_services()
         services.checkpoints.setServiceParent(self)
         Heartbeat(self._reactor, self.metrics.loop_lag).setServiceParent(self)
-        self._health = health_checks(self.backends, self._reactor, self.metrics)
+        self._watch_servers()
+        self._health = health_checks(self.backends, self._reactor, self._checked)
         self._check_backends()
         await self._listen(services)
         self._announce()
 
     def _check_backends(self) -> None:
         self._health.setServiceParent(self)
+
+    def _checked(self, name: str, server: str, up: bool | None) -> None:
+        self.metrics.backend_up(name, server, up)
+        self.backends.set_down(self._health.down)
+
+    def _watch_servers(self) -> None:
+        queues = {model.backend.name: model.queue for model in self.backends.models()}
+        self.metrics.watch(self.backends.routes(), queues)
 
     def _make_services(self) -> Services:
         clock = self._timeouts
@@ -214,12 +223,13 @@ class Proxy(logs.LoggingService):
         fresh = read_again(self._load, self.config, self.backends, self.certificates)
         if fresh is not None:
             self._take_over(fresh)
-            self._health.update(self.backends.all())
+            self._health.update(servers(self.backends))
 
     def _take_over(self, fresh: Config) -> None:
         """Put in force what a reload brings, the backends aside."""
         assert self._services is not None
         self.metrics.set_models(fresh.backends)
+        self._watch_servers()
         self._services.prices = self._priced(fresh)
 
     # -- stop ------------------------------------------------------------------------------
@@ -308,14 +318,21 @@ def let_wait(port: IListeningPort, text: str) -> None:
         cast(Any, port).socket.listen(BACKLOG)
 
 
-def health_checks(backends: Backends, reactor: Any, metrics: Metrics) -> HealthChecks[Backend]:
-    """The checks of these backends, each through its own connections."""
+def health_checks(
+    backends: Backends, reactor: Any, report: Callable[[str, str, bool | None], None]
+) -> HealthChecks[Backend]:
+    """The checks of these backends' servers, each through its own connections."""
     return HealthChecks(
-        backends.all(),
-        agent_fetch(lambda backend: backends.find(backend.name).upstream.agent),
+        servers(backends),
+        agent_fetch(lambda server: backends.routes()[server.name, server.url].upstream.agent),
         reactor,
-        metrics.backend_up,
+        report,
     )
+
+
+def servers(backends: Backends) -> list[Backend]:
+    """All servers, as if each were its backend's only one."""
+    return [route.backend for route in backends.routes().values()]
 
 
 def read_again(
@@ -355,10 +372,14 @@ def announce(
         addresses=", ".join(map(_address, ports)),
         admin=", ".join(map(_address, admin_ports)) or "none",
         store=settings.db.safe_uri,
-        backends=", ".join(f"{b.name} at {b.url}" for b in settings.backends.values()) or "none",
+        backends=", ".join(map(_places, settings.backends.values())) or "none",
     )
     if not settings.backends:
         log.warn("no backends are configured: every request gets model_not_found")
+
+
+def _places(backend: Backend) -> str:
+    return f"{backend.name} at {' and '.join(each.url for each in config.servers_of(backend))}"
 
 
 def tell_why_not_started(failure: Failure) -> None:

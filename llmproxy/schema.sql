@@ -49,6 +49,17 @@ CREATE TABLE IF NOT EXISTS ledger (
 	delivered INTEGER NOT NULL DEFAULT 0,
 	price INTEGER          -- price.id, of the price that applied; NULL: none was set
 ) WITHOUT ROWID;
+-- Who was asked for a row, where a model has several servers. The row has how the last one ended.
+CREATE TABLE IF NOT EXISTS attempt (
+	rid TEXT NOT NULL,
+	number INTEGER NOT NULL, -- 1 is the first
+	ended TEXT NOT NULL,
+	server TEXT NOT NULL,    -- its URL
+	outcome TEXT NOT NULL,
+	status INTEGER,
+	PRIMARY KEY (rid, number)
+) WITHOUT ROWID;
+
 -- What a million of each kind cost, in micro-units (1e-6) of the currency. Rows are never changed.
 CREATE TABLE IF NOT EXISTS price (
 	id INTEGER PRIMARY KEY, -- made from the other columns

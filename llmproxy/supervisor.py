@@ -39,6 +39,7 @@ from llmproxy.proxy import (
     open_port,
     public_endpoints,
     read_again,
+    servers,
     stopped,
     tell_why_not_started,
 )
@@ -64,7 +65,7 @@ class Supervisor(logs.LoggingService):
         self.config = self._in_force = load()
         self.metrics = Metrics(__version__, self.config.backends)
         self.backends = Backends(
-            lambda backend: connect(backend, reactor, self.config.timeout_connect)
+            lambda backend: connect(backend, reactor, self.config.timeout_connect), reactor
         )
         self.ports: list[IListeningPort] = []
         self.admin_ports: list[IListeningPort] = []
@@ -79,6 +80,7 @@ class Supervisor(logs.LoggingService):
         self.certificates = Certificates(self.metrics.certificate)
         #: Endpoints without their TLS, the sockets' descriptors, and what TLS is over them.
         self._listeners: list[tuple[str, int, Certificate | None]] = []
+        self._down: set[tuple[str, str]] = set()
 
     # -- start -----------------------------------------------------------------------------
 
@@ -99,7 +101,7 @@ class Supervisor(logs.LoggingService):
     async def _start(self) -> None:
         prepare_database(self.config)
         self.backends.swap(self.config.backends)
-        self._health = health_checks(self.backends, self._reactor, self.metrics)
+        self._health = health_checks(self.backends, self._reactor, self._checked)
         await self._open_admin()
         for text in public_endpoints(self.config):
             plain, files = without_tls(text)
@@ -156,6 +158,13 @@ class Supervisor(logs.LoggingService):
             ],
             pems=self._pems(),
         )
+        worker.send("down", servers=[*self._down])
+
+    def _checked(self, name: str, server: str, up: bool | None) -> None:
+        self.metrics.backend_up(name, server, up)
+        if (down := self._health.down) != self._down:
+            self._down = down
+            self.workers.send("down", servers=[*down])
 
     def _pems(self) -> list[Pem | None]:
         return [
@@ -200,7 +209,7 @@ class Supervisor(logs.LoggingService):
         if fresh is None:
             return
         self.metrics.set_models(fresh.backends)
-        self._health.update(self.backends.all())
+        self._health.update(servers(self.backends))
         # What takes a restart must not come with a worker that is started again.
         self._in_force = replace(self.config, backends=fresh.backends, prices=fresh.prices)
         self.workers.send("reload", config=config_to_json(self._in_force), pems=self._pems())

@@ -185,6 +185,8 @@ class WorkerProcess:
                 self._start(**message)
             case "reload":
                 self._reload(config_from_json(message["config"]), _pems(message["pems"]))
+            case "down" if self._proxy is not None:
+                self._proxy.backends.set_down({(name, url) for name, url in message["servers"]})
             case "stop":
                 if self._proxy is not None and message["linger"]:
                     self._proxy.linger()

@@ -30,7 +30,7 @@ from llmproxy.config import KeyLimits, Prices
 from llmproxy.exchange import Services
 from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
-from llmproxy.model import Account, Counts, Entry, Outcome, Price, Settlement, State
+from llmproxy.model import Account, Attempt, Counts, Entry, Outcome, Price, Settlement, State
 from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
 from llmproxy.storage import IAccounts, ILedger
@@ -150,6 +150,9 @@ class SlowLedger:
         self._ledger = MemoryLedger(store, owners, bills_here=True)
         self.settled: list[str] = []
 
+    def note(self, attempt: Attempt) -> Deferred[None]:
+        return self._ledger.note(attempt)
+
     def know(self, prices: Iterable[Price]) -> Deferred[None]:
         return self._ledger.know(prices)
 
@@ -177,7 +180,7 @@ class World:
         self.backend.hold = Deferred()
         served = {"url": "http://b:1", "device": "gpu", "on_disconnect": on_disconnect}
         settings = config.parse({"backends": {"m": served}}, folder)
-        backends = Backends(lambda one: Upstream(one, self.backend.agent))
+        backends = Backends(lambda one: Upstream(one, self.backend.agent), self.clock)
         backends.swap(settings.backends)
         metrics = Metrics("0", ["m"])
         alone = KeyLimits(concurrent_requests=1)

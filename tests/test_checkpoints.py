@@ -13,7 +13,7 @@ from zope.interface.verify import verifyObject
 
 from llmproxy.checkpoints import INTERVAL_S, Checkpoints
 from llmproxy.errors import StorageError
-from llmproxy.model import Counts, Entry, Kind, Price, Settlement
+from llmproxy.model import Attempt, Counts, Entry, Kind, Price, Settlement
 from llmproxy.storage import ILedger
 
 
@@ -25,6 +25,9 @@ class Ledger:
         self.written: list[dict[str, Counts]] = []
         self.running: list[Deferred[None]] = []
         self.slow = False
+
+    def note(self, attempt: Attempt) -> Deferred[None]:
+        raise NotImplementedError
 
     def know(self, prices: Iterable[Price]) -> Deferred[None]:
         raise NotImplementedError

@@ -13,7 +13,7 @@ import pytest
 from certificates import self_signed
 
 from llmproxy import config
-from llmproxy.config import Backend, Config, Database, LedgerConfig, PriceEntry
+from llmproxy.config import Backend, Config, Database, LedgerConfig, PriceEntry, Replica
 from llmproxy.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -570,6 +570,7 @@ def known() -> dict[str, set[str]]:
     }
     found = {section: named(cls) for section, cls in sections.items()}
     found["prices"] |= named(PriceEntry)
+    found["backends"] |= named(Replica)
     return found
 
 
@@ -605,9 +606,46 @@ def test_the_shipped_example_of_a_backend_is_valid() -> None:
     text = "\n".join(line for line in lines if not line.startswith(("token_file", "ca", "client_")))
     assert parse(text).backends.keys() == {
         "meta-llama/Llama-3.1-8B-Instruct",
+        "mistral",
+        "gemma",
         "qwen",
         "whisper",
     }
+
+
+@pytest.mark.parametrize(
+    ("servers", "error"),
+    [
+        ({}, "backends.m.url: missing"),
+        ({"url": "http://a", "urls": ["http://b"]}, "backends.m.urls: can't be given together"),
+        ({"urls": ["http://b"], "replicas": [{"url": "http://a"}]}, "backends.m.replicas: can't"),
+        ({"urls": []}, "backends.m.urls: expected a list of URLs"),
+        ({"urls": ["http://a", "http://a/v1"]}, "backends.m.urls: expected a list of URLs"),
+        ({"urls": ["ftp://canary"]}, "backends.m.urls: expected a list of URLs"),
+        ({"replicas": []}, "backends.m.replicas: there are none"),
+        ({"replicas": {"a": 1}}, "backends.m.replicas: expected a list"),
+        ({"replicas": [{}]}, 'backends.m."replicas[0]".url: missing'),
+        ({"replicas": [{"url": "http://a"}] * 2}, "backends.m.replicas: two of them have the same"),
+        (
+            {"replicas": [{"url": "http://a", "weight": 0}]},
+            'backends.m."replicas[0]".weight: expected a whole number',
+        ),
+        ({"url": "http://a", "policy": "best"}, "backends.m.policy: expected one of"),
+        ({"url": "http://a", "max_concurrent": -1}, "backends.m.max_concurrent: expected a whole"),
+    ],
+)
+def test_where_a_model_is_is_told_in_one_way(servers: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse({"backends": {"m": {"device": "d", **servers}}})
+    assert str(caught.value).startswith(error)
+    assert "canary" not in str(caught.value)
+
+
+def test_all_servers_of_a_model_are_found() -> None:
+    urls = {"urls": ["http://a/v1", "http://b"], "device": "d"}
+    several = config.parse({"backends": {"m": urls}}).backends["m"]
+    assert [each.url for each in config.servers_of(several)] == ["http://a", "http://b"]
+    assert [each.url for each in config.servers_of(backend())] == [backend().url]
 
 
 @pytest.mark.parametrize(

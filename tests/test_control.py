@@ -52,6 +52,19 @@ client_key_file = "client.pem"
 timeout = 7
 usage = "continuous"
 on_disconnect = "cancel"
+[backends.several]
+urls = ["http://a:1/v1", "http://b:2"]
+device = "d"
+policy = "prefix"
+[backends.differing]
+device = "d"
+queue_size = 3
+[[backends.differing.replicas]]
+url = "http://a:1/v1"
+token = "t"
+[[backends.differing.replicas]]
+url = "http://b:2"
+weight = 3
 """
 CERTIFIED = 'host = "::1"\nport = 0\ncert = "c.pem"\nkey = "/k.pem"\n'
 TWO_V1 = '[backends.m]\nurl = "http://h/v1/v1"\ndevice = "d"\n'

@@ -125,7 +125,7 @@ class World:
         while self.plan and self.plan[0][0] <= self.seconds:
             self.plan.pop(0)[1]()
 
-    def fetch(self) -> str:
+    def fetch(self, backend: Backend) -> str:
         self.fetches += 1
         if self.fetches in self.fail_at:
             raise CommandError("planted")

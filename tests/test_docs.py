@@ -17,14 +17,17 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from twisted.internet.task import Clock
 
 from llmproxy import config, policy, reactor, site
+from llmproxy.balancing import Standing
 from llmproxy.billing import settlement
 from llmproxy.ctl import make_parser
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.logs import LEVELS
 from llmproxy.metrics import ERROR_TYPES, Metrics
 from llmproxy.model import Kind, Outcome, Reading, State
+from llmproxy.queueing import FairQueue
 from llmproxy.resource import MODELS
 from llmproxy.tryout import GREETING, PORT
 
@@ -85,6 +88,7 @@ def settings() -> dict[str, str]:
         "metrics.": config.Metrics,
         "limits.": config.KeyLimits,
         "backends.NAME.": config.Backend,
+        "backends.NAME.replicas[].": config.Replica,
         "prices.": config.Prices,
         "prices.models.NAME.": config.PriceEntry,
     }.items():
@@ -97,6 +101,10 @@ def settings() -> dict[str, str]:
             if rule.secret:
                 found[f"{prefix}{field.name}_file"] = "none"
     return found | {
+        "backends.NAME.url": "required",
+        "backends.NAME.replicas": "`[]`",
+        "backends.NAME.replicas[].token": "the backend's",
+        "backends.NAME.replicas[].model": "the backend's",
         "backends.NAME.model": "`NAME`",
         "backends.NAME.timeout": "`timeout_read`",
     }
@@ -154,7 +162,8 @@ def exposed() -> dict[str, set[str]]:
     backend.request_done(200, 1.0)
     backend.error("refused")
     backend.billed(dict.fromkeys(Kind, 1))
-    metrics.backend_up("m", True)
+    metrics.backend_up("m", "u", True)
+    metrics.watch({("m", "u"): Standing("u")}, {"m": FairQueue(Clock())})
     metrics.certificate("c.pem", 0.0)
     found = {}
     for family in text_string_to_metric_families(metrics.exposition().decode()):

@@ -69,7 +69,7 @@ class Bench:
             servers,
             self.fetches,
             self.clock,
-            lambda name, up: self.reports.append((name, up)),
+            lambda name, url, up: self.reports.append((name, up)),
         )
         self.checks.startService()
 
@@ -163,7 +163,7 @@ def test_no_answer_in_time_is_down_and_the_request_is_given_up(logged):
     bench.clock.advance(0.2)
     assert bench.states == {"a": "down"}
     assert bench.fetches.cancelled == ["a"]
-    assert logged.lines() == [(LogLevel.warn, "backend a is down: no answer in time")]
+    assert logged.lines() == [(LogLevel.warn, f"backend a at {A.url} is down: no answer in time")]
 
 
 def test_a_timeout_that_the_agent_wraps_is_still_one(logged):
@@ -185,9 +185,9 @@ def test_each_change_is_one_line_and_no_change_is_none(logged):
         bench.fetches.answer("a", result)
         bench.clock.advance(15)
     assert logged.lines() == [
-        (LogLevel.info, "backend a is up: status 200"),
-        (LogLevel.warn, "backend a is down: status 503"),
-        (LogLevel.info, "backend a is up: status 200"),
+        (LogLevel.info, f"backend a at {A.url} is up: status 200"),
+        (LogLevel.warn, f"backend a at {A.url} is down: status 503"),
+        (LogLevel.info, f"backend a at {A.url} is up: status 200"),
     ]
 
 
@@ -237,7 +237,7 @@ def test_a_report_that_breaks_is_logged_and_stops_no_later_check(flush_logged_er
         asked.append(backend.name)
         return 200
 
-    def report(name: str, up: bool | None) -> None:
+    def report(name: str, url: str, up: bool | None) -> None:
         raise RuntimeError
 
     clock = Clock()
@@ -356,3 +356,20 @@ async def test_an_agent_asks_for_health_and_closes_the_connection(answer, status
     (request,) = canned.requests
     assert request.startswith(b"GET /base/health HTTP/1.1\r\n")
     assert b"hidden" not in request
+
+
+def test_each_server_of_a_backend_is_asked_for_itself():
+    one, two = Server("a", "http://one"), Server("a", "http://two")
+    bench = Bench(one, two, B)
+    assert bench.fetches.names() == ["a", "a", "b"]
+    assert bench.states == {
+        "a at http://one": "unknown",
+        "a at http://two": "unknown",
+        "b": "unknown",
+    }
+    assert bench.checks.down == set()
+    bench.clock.advance(5)
+    assert bench.checks.down == {("a", "http://one"), ("a", "http://two"), ("b", B.url)}
+    bench.checks.update([two])
+    assert bench.states == {"a": "down"}
+    assert bench.checks.down == {("a", "http://two")}

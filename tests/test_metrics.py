@@ -9,8 +9,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmproxy import metrics
+from llmproxy.balancing import Standing
 from llmproxy.metrics import Metrics
 from llmproxy.model import Kind, State
+from llmproxy.queueing import FairQueue
 
 CHAT = "/v1/chat/completions"
 
@@ -51,6 +53,10 @@ def test_every_promised_name_is_exposed_with_its_type(counted):
         "llmproxy_backend_duration_seconds": "histogram",
         "llmproxy_backend_errors": "counter",
         "llmproxy_backend_up": "gauge",
+        "llmproxy_server_in_flight": "gauge",
+        "llmproxy_server_circuit_open": "gauge",
+        "llmproxy_queue_length": "gauge",
+        "llmproxy_failovers": "counter",
         "llmproxy_tokens": "counter",
         "llmproxy_audio_seconds": "counter",
         "llmproxy_time_to_first_token_seconds": "histogram",
@@ -89,7 +95,7 @@ def test_a_flood_of_made_up_names_adds_no_more_than_one_label_each(counted):
         backend.request_done(600 + number, 0.1)
         backend.error(f"error-{number}")
         backend.billed({Kind.PROMPT: 1})
-        counted.backend_up(f"model-{number}", True)
+        counted.backend_up(f"model-{number}", "u", True)
     for name, label in [
         ("llmproxy_requests_total", "method"),
         ("llmproxy_requests_total", "path"),
@@ -187,22 +193,22 @@ def test_a_followed_gauge_that_fails_is_nan_and_breaks_nothing(counted):
 
 
 def test_the_state_of_a_backend_is_absent_until_it_is_known(counted):
-    counted.backend_up("m1", False)
-    counted.backend_up("m2", True)
-    assert value(counted, "llmproxy_backend_up", model="m1") == 0
-    assert value(counted, "llmproxy_backend_up", model="m2") == 1
-    counted.backend_up("m1", None)
-    assert value(counted, "llmproxy_backend_up", model="m1") is None
+    counted.backend_up("m1", "u", False)
+    counted.backend_up("m2", "u", True)
+    assert value(counted, "llmproxy_backend_up", model="m1", server="u") == 0
+    assert value(counted, "llmproxy_backend_up", model="m2", server="u") == 1
+    counted.backend_up("m1", "u", None)
+    assert value(counted, "llmproxy_backend_up", model="m1", server="u") is None
 
 
 def test_a_reload_keeps_what_was_counted_and_forgets_who_was_up(counted):
     before = counted.for_backend("m1")
     before.request_done(200, 1.0)
-    counted.backend_up("m1", True)
+    counted.backend_up("m1", "u", True)
     counted.set_models(["m2", "m3"])
     before.request_done(200, 1.0)  # one that was in flight
     assert value(counted, "llmproxy_backend_requests_total", model="m1", status="200") == 2
-    assert value(counted, "llmproxy_backend_up", model="m1") is None
+    assert value(counted, "llmproxy_backend_up", model="m1", server="u") is None
     assert counted.for_backend("m1") is counted.for_backend("never configured")
     counted.set_models(["m1"])
     counted.for_backend("m1").request_done(200, 1.0)
@@ -237,3 +243,22 @@ def test_a_name_with_quotes_and_newlines_is_one_label():
 )
 def test_bounds_of_buckets_rise(bounds):
     assert list(bounds) == sorted(set(bounds))
+
+
+def test_servers_and_queues_are_shown_as_they_are_at_the_scrape(counted, clock):
+    server, queue = Standing("u", failures=1), FairQueue(clock)
+    queue.most, queue.size, queue.timeout_s = 0, 5, 9
+    counted.watch({("m1", "u"): server}, {"m1": queue})
+    at = {"model": "m1", "server": "u"}
+    assert value(counted, "llmproxy_server_in_flight", **at) == 0
+    server.enter()
+    queue.wait("k").addErrback(lambda failure: None)
+    assert value(counted, "llmproxy_server_in_flight", **at) == 1
+    assert value(counted, "llmproxy_queue_length", model="m1") == 1
+    assert value(counted, "llmproxy_server_circuit_open", **at) == 0
+    server.leave(False, 0.0)
+    assert value(counted, "llmproxy_server_circuit_open", **at) == 1
+    counted.watch({}, {})
+    assert value(counted, "llmproxy_server_in_flight", **at) is None
+    queue.let_in()
+    clock.advance(9)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmproxy.model import Account, Counts, Entry, Kind, Outcome, Settlement, State, events
+from llmproxy.model import Account, Attempt, Counts, Entry, Kind, Outcome, Settlement, State, events
 from llmproxy.storage import rows
-from llmproxy.storage.journal import Closing, Opening, Operation, Settling, _write
+from llmproxy.storage.journal import Closing, Noting, Opening, Operation, Settling, _write
 from llmproxy.storage.sqlite import connect, migrate, to_text
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -347,3 +347,22 @@ def test_a_settlement_without_an_outcome_has_none(file: sqlite3.Connection) -> N
     assert file.execute("SELECT state, outcome, status FROM ledger").fetchall() == [
         ("orphan", None, None)
     ]
+
+
+# -- attempts ----------------------------------------------------------------------------------
+
+
+def noted(number: int, server: str = "http://gpu1") -> Noting:
+    made = Attempt("r", number, OPENED, server, Outcome.COMPLETE, 200)
+    return Noting(rows.attempt(made))
+
+
+def test_an_attempt_is_there_once_however_often_it_is_written(file: sqlite3.Connection) -> None:
+    _write(file, [opened("r"), noted(1), noted(2), settled("r"), noted(1, "http://other")])
+    _write(file, [noted(2)])
+    found = file.execute("SELECT number, server, outcome, status FROM attempt ORDER BY number")
+    assert found.fetchall() == [
+        (1, "http://gpu1", "complete", 200),
+        (2, "http://gpu1", "complete", 200),
+    ]
+    assert states(file) == {"r": "settled"}

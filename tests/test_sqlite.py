@@ -98,7 +98,14 @@ def old_database(path: Path, events: int = 0, duplicates: int = 0) -> None:
 def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
     prepare(path)
     tables = query(path, "SELECT name FROM sqlite_schema WHERE type = 'table' ORDER BY name")
-    assert tables == [("api_key",), ("event_oneoff",), ("key_model",), ("ledger",), ("price",)]
+    assert tables == [
+        ("api_key",),
+        ("attempt",),
+        ("event_oneoff",),
+        ("key_model",),
+        ("ledger",),
+        ("price",),
+    ]
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
 
 

@@ -140,7 +140,7 @@ def busy() -> Metrics:
     backend.chunk_gap(99.0)
     metrics.ledger_rows(State.SETTLED)
     metrics.ledger_pending.follow(lambda: 4.0)
-    metrics.backend_up("m", True)
+    metrics.backend_up("m", "u", True)
     return metrics
 
 
@@ -153,7 +153,7 @@ def exposed(metrics: Metrics) -> dict[str, float]:
 def test_two_processes_show_twice_what_one_shows_but_for_what_is_of_the_whole():
     one, shown = exposed(busy()), Metrics("1", ["m"])
     shown.show(summed([busy().snapshot(), busy().snapshot()]))
-    shown.backend_up("m", True)
+    shown.backend_up("m", "u", True)
     whole = ("llmproxy_backend_up", "llmproxy_build_info", "llmproxy_workers")
     assert exposed(shown) == {
         name: number if name.startswith(whole) else 2 * number for name, number in one.items()

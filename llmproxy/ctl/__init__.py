@@ -1,7 +1,8 @@
-"""`llmproxyctl`: keys, the ledger, usage, and a backend's own counters, for the operator.
+"""`llmproxyctl`: keys, the ledger, usage, backends, and their own counters, for the operator.
 
-Works on the SQLite file itself, whether or not the proxy runs. Results go to stdout, all else to
-stderr. The exit code is 0, 1 for what could not be done, 2 for what was not understood.
+Works on the SQLite file itself, whether or not the proxy runs; `backends` asks the running one.
+Results go to stdout, all else to stderr. The exit code is 0, 1 for what could not be done, 2 for
+what was not understood.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from llmproxy import __version__, config
-from llmproxy.ctl import audit, keys, ledger, usage
+from llmproxy.ctl import audit, backends, keys, ledger, usage
 from llmproxy.ctl.common import CommandError, printable
 from llmproxy.errors import ConfigError
 
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     groups = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (keys, ledger, usage, audit):
+    for group in (keys, ledger, usage, backends, audit):
         group.add_parser(groups)
     return parser
 

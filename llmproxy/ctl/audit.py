@@ -23,6 +23,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmproxy import config
 from llmproxy.config import Backend, Config
 from llmproxy.ctl.common import CommandError, add_format, emit, opened, say
 from llmproxy.ctl.usage import summed
@@ -84,7 +85,7 @@ class Billed:
 class Tools:
     """What a watch needs of the world."""
 
-    fetch: Callable[[], str]
+    fetch: Callable[[Backend], str]
     now: Callable[[], datetime] = utcnow
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -129,7 +130,7 @@ def _audit(arguments: argparse.Namespace, config: Config) -> int:
     backend = config.backends.get(arguments.backend)
     if backend is None:
         raise CommandError(f"no backend is called {arguments.backend}")
-    tools = Tools(lambda: fetch(backend))
+    tools = Tools(fetch)
     with opened(config) as connection:
         increase, billed = watch(
             connection,
@@ -157,7 +158,7 @@ def watch(
     """
     increase = Increase()
     before = tools.now()
-    increase.add(read_counters(tools.fetch(), backend))
+    increase.add(_counters(tools, backend))
     began = tools.now()
     edges = _in_flight(connection, backend, before, began)
     end = tools.monotonic() + watch_s
@@ -173,14 +174,24 @@ def watch(
         _sample(increase, backend, tools)
     tools.sleep(LAG_S)
     ended = tools.now()
-    increase.add(read_counters(tools.fetch(), backend))
+    increase.add(_counters(tools, backend))
     edges += _in_flight(connection, backend, ended, tools.now())
     return increase, _billed(connection, backend, began, ended, edges)
 
 
+def _counters(tools: Tools, backend: Backend) -> Sample:
+    """Those of all its servers."""
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for server in config.servers_of(backend):
+        alone = config.member(backend, server)
+        for (name, labels), value in read_counters(tools.fetch(alone), alone).items():
+            found[name, (*labels, ("server", server.url))] = value
+    return found
+
+
 def _sample(increase: Increase, backend: Backend, tools: Tools) -> None:
     try:
-        increase.add(read_counters(tools.fetch(), backend))
+        increase.add(_counters(tools, backend))
     except CommandError as error:
         say(f"a sample is missing: {error}")
 

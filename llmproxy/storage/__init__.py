@@ -8,7 +8,7 @@ from datetime import datetime
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-from llmproxy.model import Account, Counts, Entry, Event, Price, Settlement
+from llmproxy.model import Account, Attempt, Counts, Entry, Event, Price, Settlement
 
 
 class IAccounts(Interface):
@@ -35,6 +35,9 @@ class ILedger(Interface):
 
     def checkpoint(running: Mapping[str, Counts]) -> Deferred[None]:
         """Write the running counts of open rows, by request id: what a crash leaves behind."""
+
+    def note(attempt: Attempt) -> Deferred[None]:
+        """Write down who was asked for a row. Nobody needs to wait for it."""
 
     def settle(entry: Entry, settlement: Settlement) -> Deferred[None]:
         """Close the row and put its events on the bill, durably, in one transaction.

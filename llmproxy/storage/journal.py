@@ -29,6 +29,7 @@ from zope.interface import implementer
 from llmproxy.errors import StorageError
 from llmproxy.model import (
     Account,
+    Attempt,
     Counts,
     Entry,
     Event,
@@ -176,6 +177,13 @@ class Settling(Closing):
 
     def lost(self) -> str:
         return rows.describe_closing(self.row)
+
+
+class Noting(RowOperation):
+    """An attempt."""
+
+    __slots__ = ()
+    statement = rows.ATTEMPT
 
 
 class GroupCommit:
@@ -376,13 +384,15 @@ def _apply(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
     Openings go before closings, as long as none is of a row that was closed before it.
     """
     openings: list[Opening] = []
+    notes: list[Noting] = []
     closings: list[Closing] = []
     closed: set[object] = set()
 
     def flush() -> None:
         _apply_rows(connection, openings)
+        _apply_rows(connection, notes)
         _apply_rows(connection, closings)
-        for done in (openings, closings, closed):
+        for done in (openings, notes, closings, closed):
             done.clear()
 
     for operation in batch:
@@ -394,6 +404,8 @@ def _apply(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
                 flush()
             operation.tried = True
             openings.append(operation)
+        elif isinstance(operation, Noting):
+            notes.append(operation)
         else:
             flush()
             operation.apply(connection)
@@ -496,6 +508,10 @@ class SQLiteLedger:
         """See `ILedger.checkpoint`."""
         noted = [rows.checkpoint(rid, counts) for rid, counts in running.items()]
         return self.writer.write(lambda connection: rows.CHECKPOINT.write(connection, noted))
+
+    def note(self, attempt: Attempt) -> Deferred[None]:
+        """See `ILedger.note`."""
+        return self.writer.add(Noting(rows.attempt(attempt)))
 
     def settle(self, entry: Entry, settlement: Settlement) -> Deferred[None]:
         """See `ILedger.settle`."""

@@ -14,7 +14,18 @@ from typing import Protocol
 from twisted.internet.defer import Deferred, succeed
 from zope.interface import implementer
 
-from llmproxy.model import Account, Counts, Entry, Event, Price, Settlement, State, events, utcnow
+from llmproxy.model import (
+    Account,
+    Attempt,
+    Counts,
+    Entry,
+    Event,
+    Price,
+    Settlement,
+    State,
+    events,
+    utcnow,
+)
 from llmproxy.storage import IAccounts, ILedger, IOutbox
 
 
@@ -57,6 +68,7 @@ class MemoryStore:
 
     rows: dict[str, Row] = field(default_factory=dict)
     bill: dict[tuple[str, str], Event] = field(default_factory=dict)
+    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
 
     def add_events(self, due: Iterable[Event]) -> None:
         """Put events on the bill; those that are there already stay as they are."""
@@ -102,6 +114,11 @@ class MemoryLedger:
             row = self._store.rows.get(rid)
             if row is not None and row.state is State.OPEN:
                 row.running = dict(counts)
+        return succeed(None)
+
+    def note(self, attempt: Attempt) -> Deferred[None]:
+        """See `ILedger.note`."""
+        self._store.attempts[attempt.rid, attempt.number] = attempt
         return succeed(None)
 
     def settle(self, entry: Entry, settlement: Settlement) -> Deferred[None]:

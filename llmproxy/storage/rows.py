@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from llmproxy.model import BILLED, Counts, Entry, Event, Kind, Price, Settlement, State
+from llmproxy.model import BILLED, Attempt, Counts, Entry, Event, Kind, Price, Settlement, State
 from llmproxy.storage.sqlite import to_text
 
 #: Rows in one statement at most. SQLite's compiler is run once for each smaller number, and Python
@@ -85,6 +85,9 @@ OPEN = Statement(
     "(?, 'open', ?, ?, ?, ?, ?, ?, ?, ?)",
     " ON CONFLICT (rid) DO NOTHING",
 )
+ATTEMPT = Statement(
+    "INSERT INTO attempt VALUES ", "(?, ?, ?, ?, ?, ?)", " ON CONFLICT (rid, number) DO NOTHING"
+)
 CLOSE = Statement("INSERT INTO closing VALUES ", "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
 CHECKPOINT = Statement("INSERT INTO running VALUES ", "(?, ?, ?, ?, ?)")
 MARK_DELIVERED = Statement("UPDATE ledger SET delivered = 1 WHERE rid IN (", "?", ")")
@@ -108,6 +111,18 @@ def opening(entry: Entry, owner: str) -> Row:
         entry.model,
         entry.device,
         entry.price and entry.price.id,
+    )
+
+
+def attempt(made: Attempt) -> Row:
+    """The parameters of ATTEMPT."""
+    return (
+        made.rid,
+        made.number,
+        to_text(made.ended),
+        made.server,
+        made.outcome.value,
+        made.status,
     )
 
 

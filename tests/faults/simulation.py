@@ -160,7 +160,7 @@ class Process:
 
     def _services(self) -> Services:
         accounts_pool: Any = self.pools[1]
-        backends = Backends(self._connect)
+        backends = Backends(self._connect, self.reactor)
         backends.swap(settings().backends)
         checkpoints = Checkpoints(self.ledger, self.reactor)
         checkpoints.startService()

@@ -121,10 +121,10 @@ def test_all_workers_serve_on_one_port_and_their_metrics_add_up(rig: Rig) -> Non
             shown = metrics(rig)
             assert shown["llmproxy_ledger_rows_total[('state', 'open')]"] == rows
             assert shown["llmproxy_workers[]"] == WORKERS
-            assert shown["llmproxy_backend_up[('model', 'm')]"] == 1
+            assert shown[f"llmproxy_backend_up[('model', 'm'), ('server', '{url}')]"] == 1
             assert serving(rig) == "2 of 2"
             # Each backend is asked by one process for all: at start, and not again so soon.
-            assert rig.output().count("backend m is up") == 1
+            assert rig.output().count(f"backend m at {url} is up") == 1
 
     with rig.backend() as url:
         asyncio.run(story(url))

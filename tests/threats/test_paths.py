@@ -204,7 +204,7 @@ class NoModels:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.authenticator = self
-        self.backends = Backends(Mock())
+        self.backends = Backends(Mock(), clock)
 
     async def authenticate(self, *args: object) -> Account:
         return Account("key")
