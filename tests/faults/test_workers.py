@@ -429,3 +429,34 @@ def test_workers_serve_on_a_unix_socket_and_with_tls(rig: Rig) -> None:
     asyncio.run(story())
     assert not path.exists()
     assert "Traceback" not in rig.output()
+
+
+# -- several servers -----------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(60)
+def test_workers_hear_which_servers_are_down(rig: Rig) -> None:
+    async def work(requests: int) -> None:
+        load = Load(rig.port, 20, plan())
+        load.start()
+        await until(lambda: len(load.asked) > requests, 20, "requests")
+        await load.stop()
+        await until(lambda: not rig.open_rows(), 10, "the last settlement")
+
+    async def story(url: str) -> None:
+        gone = f"http://127.0.0.1:{free_port()}"
+        text = rig.configuration(url).replace(f'url = "{url}"', f'urls = ["{gone}", "{url}"]')
+        rig.config.write_text(
+            text.replace('device = "gpu"', 'device = "gpu"\ncircuit_failures = 99')
+        )
+        async with rig.running() as process:
+            await until(lambda: f"{gone} is down" in rig.output(), 10, "a health check")
+            await asyncio.sleep(0.2)
+            await work(100)
+            await replace_all(rig, process)  # the successors must be told, too
+            await work(100)
+            servers = rig.query("SELECT server, count(*) > 100 FROM attempt GROUP BY 1")
+            assert servers == [(url, 1)]
+
+    with rig.backend() as url:
+        asyncio.run(story(url))
