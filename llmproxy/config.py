@@ -578,6 +578,8 @@ class _Reader:
                 known.add(f"{key}_file")
             values |= self._setting(rule, section, where, key)
         self._check_unknown(section, known, where)
+        if cls is Backend:
+            self._check_servers(section, where)
         self._check_missing(cls, values, where)
         return _anchored(cls(**values), self._base) if len(self.errors) == before else None
 
@@ -607,10 +609,7 @@ class _Reader:
         )
 
     def _backend(self, section: object, where: Where) -> Backend | None:
-        backend = self.section(Backend, section, where, where[-1])
-        if isinstance(section, Mapping):
-            self._check_servers(section, where)
-        return backend
+        return self.section(Backend, section, where, where[-1])
 
     def _check_servers(self, section: Mapping[str, object], where: Where) -> None:
         given = [key for key in ("url", "urls", "replicas") if key in section]
