@@ -210,9 +210,10 @@ class Connection(Protocol):
         if hasattr(wire, "setTcpNoDelay"):
             wire.setTcpNoDelay(True)
         self._shakes = ISSLTransport.providedBy(wire)
-        if hasattr(wire, "fileno"):
+        descriptor = wire.fileno() if hasattr(wire, "fileno") else -1
+        if descriptor >= 0:
             self._arrivals = select.poll()
-            self._arrivals.register(wire.fileno(), select.POLLIN)
+            self._arrivals.register(descriptor, select.POLLIN)
 
     def handshakeCompleted(self) -> None:
         """TLS is spoken: the request goes out."""
