@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -158,6 +160,66 @@ async def test_versions_groups_and_extensions_that_are_old_or_weak_are_not_spoke
     async with tls_proxy(tmp_path) as port:
         await deferToThread(scan, port)
     tally.check(at_least=30)
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """`data` with some of its bytes changed, or with a part that is missing, doubled or alien."""
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at = rng.randrange(len(changed))
+        upto = min(len(changed), at + rng.choice((1, 2, 8, 64)))
+        match rng.randrange(5):
+            case 0:
+                changed[at] = rng.choice(
+                    (0, 1, 127, 128, 255, changed[at] ^ (1 << rng.randrange(8)))
+                )
+            case 1 if upto - at < len(changed):
+                del changed[at:upto]
+            case 2:
+                changed[at:at] = changed[at:upto]
+            case 3:
+                changed[at:upto] = rng.randbytes(upto - at)
+            case _:
+                changed[at:at] = rng.randbytes(rng.randrange(300))
+    return bytes(changed)
+
+
+@pytest_twisted.ensureDeferred
+async def test_broken_first_messages_end_in_silence_and_the_next_client_is_served(tmp_path, logged):
+    tally, rng = Tally("broken first messages of TLS"), random.Random(7)
+    messages = [
+        client_hello(TLS1_2, NUMBERS, extensions={ALPN: b"\0\x0c\2h2\x08http/1.1", TICKET: b""}),
+        client_hello(TLS1_3, GOOD_1_3, extensions={ALPN: b"\0\x09\x08http/1.1"}),
+        sslv2_hello(TLS1_2),
+    ]
+
+    def scan(port: int) -> None:
+        for number in range(20_000 if LONG else 400):
+            data = mutated(rng, messages[number % len(messages)])
+            ended = ended_by(port, data)
+            tally.add(f"number {number}: {data.hex()}", ended)
+        assert ask(port, client_hello(TLS1_3, GOOD_1_3)).agrees
+
+    async with tls_proxy(tmp_path) as port:
+        lines = len(logged)
+        await deferToThread(scan, port)
+        assert logged[lines:] == []
+    tally.check(at_least=400)
+
+
+def ended_by(port: int, data: bytes) -> bool:
+    """The server ends the connection, once nothing more can come on it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as link:
+        try:
+            link.sendall(data)
+            link.shutdown(socket.SHUT_WR)
+            while link.recv(4096):
+                pass
+        except TimeoutError:
+            return False
+        except OSError:  # it was reset, or has ended before that
+            return True
+    return True
 
 
 @pytest.mark.skipif(not LONG, reason="the long form")
