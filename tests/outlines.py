@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import pairwise, product
 
+from llmproxy import policy
+from llmproxy.config import Backend
 from llmproxy.endpoints import Endpoint
 from llmproxy.errors import BadRequest
 from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.outline import Outline, Outliner
 from llmproxy.rewrite import JSONRequest, body_for, plan, refusal
+
+BACKEND = Backend(name="m", url="http://llm:1", device="gpu", max_choices=1000)
 
 
 def outlined(raw: bytes, cuts: Iterable[int] = ()) -> Outline:
@@ -41,10 +45,20 @@ def plan_both(endpoint: Endpoint, raw: bytes, cuts: Iterable[int] = ()) -> JSONR
         raise small
     assert not isinstance(large, BadRequest), f"only small ones are taken: {large}"
     assert large[2:-1] == small[2:-1]
+    assert _refused(endpoint, large) == _refused(endpoint, small)
     for model, continuous in product((None, small.model, "org/x"), (False, True)):
         body = body_for(small, endpoint, model=model, continuous=continuous)
         assert body_for(large, endpoint, model=model, continuous=continuous) == body
     return small
+
+
+def _refused(endpoint: Endpoint, request: JSONRequest) -> str | None:
+    """The field for which the policy refuses a request, or None."""
+    try:
+        policy.check(endpoint, request.body, BACKEND)
+    except BadRequest as error:
+        return str(error.param)
+    return None
 
 
 def _outcome(reading: Callable[[], JSONRequest]) -> JSONRequest | BadRequest:

@@ -238,6 +238,12 @@ def full(text: str) -> str:
         '{"prompt":["TEXT","TEXT"],"n":3,"model":"m","best_of":2}',
         '{"model":"m","store":GAP1,"stream":true,"n":1GAP}',
         '{"store":"TEXT","background":false,"model":"\\u006d\\ud83d\\ude00NAME"}',
+        '{"model":"m","messages":[{"content":[{"image_url":{"url":"https://TEXT"}}]}]}',
+        '{"model":"m","messages":[{"content":[{"image_url":{"url":"data:TEXT"}}]}]}',
+        '{"model":"m","n":500,"prompt":["a","TEXT","b"]}',
+        '{"model":"m","n":500,"prompt":[[ROW],[ROW],[ROW]]}',
+        '{"model":"m","n":500,"prompt":[ROW]}',
+        '{"model":"m","fallbacks":"TEXT"}',
         'GAP{"messages":[{"content":"TEXT"},{"content":null}],"model":"m"}\n',
     ],
 )

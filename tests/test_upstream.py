@@ -239,12 +239,14 @@ def certificates(tmp_path: Path) -> Certificates:
     return Certificates(tmp_path)
 
 
-async def ask(url: str, timeout_connect: float = 2.0, **settings: Any) -> bytes:
+async def ask(
+    url: str, timeout_connect: float = 2.0, data: bytes = b"{}", **settings: Any
+) -> bytes:
     """One request over a real connection; the answer's body."""
     backend = Backend(**{"name": "m", "url": url, "device": "gpu", **settings})
     up = connect(backend, reactor, timeout_connect)
     try:
-        response = await up.send("/p", Headers(), BytesBody(b"{}"))
+        response = await up.send("/p", Headers(), BytesBody(data))
         body: bytes = await content(response)
         return body
     except Exception as failure:
@@ -271,6 +273,16 @@ async def test_a_certificate_of_the_ca_file_is_good(certificates):
     ca_file, tls = certificates.make("127.0.0.1")
     async with ScriptedBackend([ANSWER], tls=tls) as backend:
         assert await ask(backend.url, ca=ca_file.read_text()) == b"{}"
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_large_body_arrives_as_it_is(certificates, with_tls):
+    ca_file, tls = certificates.make("127.0.0.1")
+    data = bytes(range(256)) * 12_345
+    async with ScriptedBackend([ANSWER], tls=tls if with_tls else None) as backend:
+        assert await ask(backend.url, ca=ca_file.read_text(), data=data) == b"{}"
+        assert backend.requests[0].body == data
 
 
 @pytest_twisted.ensureDeferred

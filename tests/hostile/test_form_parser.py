@@ -20,6 +20,8 @@ from tally import LONG, Tally
 from llmproxy.audio import MAX_HEADERS, FormRewriter, boundary_of
 from llmproxy.errors import BadRequest, BodyTooLarge, ProxyError
 
+pytestmark = pytest.mark.timeout(900)
+
 BOUNDARY = b"-X"
 LINE = b"--" + BOUNDARY
 #: What boundaries and headers are made of, and what looks like them.
