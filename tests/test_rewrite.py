@@ -98,7 +98,7 @@ def test_a_body_that_can_be_read_in_two_ways_or_none_is_refused(text, param):
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("value", ["true", "1", '"true"', "[]", "{}"])
+@pytest.mark.parametrize("value", ["true", "1", "0", "0.0", '"true"', "[]", "{}"])
 def test_background_responses_are_refused(value):
     with pytest.raises(BadRequest) as caught:
         read('{"model":"m","background":' + value + "}", RESPONSES)
