@@ -29,7 +29,7 @@ from test_surroundings import beats, page
 
 from llmproxy.metrics import METHODS, PATHS
 
-INPUTS = 100_000 if LONG else 3_000
+INPUTS = 100_000 if LONG else 2_500
 SEED = random.randrange(10**6)
 CONNECTIONS = 24
 #: One good request comes after so many bad ones.
