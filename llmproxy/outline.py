@@ -28,14 +28,14 @@ KEPT = 256
 MAX_OUTLINE = 4 * 1024 * 1024
 MAX_VALUES = 64 * 1024
 #: The values are counted each time that the outline has grown by so many bytes.
-COUNT_EACH = 1024 * 1024
+COUNT_EACH = 512 * 1024
 
 # Four kinds of text: strings; what rows of numbers are made of, with the space between all tokens;
 # everything else; and of the first two only what is so short that it stays as it is.
 _ROW = rb"[-+.0-9eE, \t\r\n]"
 _SHORT = re.compile(
     rb'(?:[^"+\-.0-9eE, \t\r\n]++'
-    rb'|"[^"\\]{0,128}+(?:\\.[^"\\]{0,24}+){0,4}+"'
+    rb'|"(?:[^"\\]{0,128}+(?:\\.[^"\\]{0,24}+){0,4}+|[^"\\]{0,64}+(?:\\.[^"\\]{0,8}+){0,16}+)"'
     rb"|" + _ROW + rb"{1,64}+(?!" + _ROW + rb"))*+",
     re.DOTALL,
 )  # fmt: skip
