@@ -26,7 +26,7 @@ KEPT = 256
 #: The longest outline, in bytes, and the most values in it, counted as commas and opening brackets:
 #: reading it takes 20 ms. A text of 64 KiB never has more.
 MAX_OUTLINE = 4 * 1024 * 1024
-MAX_VALUES = 64 * 1024
+MAX_VALUES = 50_000
 #: The values are counted each time that the outline has grown by so many bytes.
 COUNT_EACH = 512 * 1024
 

@@ -393,13 +393,13 @@ def test_the_largest_body_passes_in_twice_its_memory_and_on_no_disk(
 PARTS = b'{"content":[{"image_url":{"url":"data:,"}}]},'
 #: As many values as a body may have.
 COMPLEX = {
-    "arrays": ASK + b"[" + b"[]," * 32_000 + b"1]" + b" " * 65536 + b"}",
-    "objects": ASK + b"[" + b'{"a":{}},' * 21_000 + b"1]}",
-    "deep arrays": ASK + b"[" + (b"[" * 1000 + b"]" * 1000 + b",") * 64 + b"1]}",
-    "deep objects": ASK + b"[" + (b'{"content":' * 1000 + b"1" + b"}" * 1000 + b",") * 64 + b"1]}",
-    "strings": ASK + b"[" + b'"%b",' % (b"x" * 60) * 65_000 + b"1]}",
-    "names": ASK + b"{" + b",".join(b'"%x":1' % n for n in range(65_000)) + b"}}",
-    "messages": b'{"model":"m","messages":[' + PARTS * 12_000 + b"{}]}",
+    "arrays": ASK + b"[" + b"[]," * 24_900 + b"1]" + b" " * 65536 + b"}",
+    "objects": ASK + b"[" + b'{"a":{}},' * 16_600 + b"1]}",
+    "deep arrays": ASK + b"[" + (b"[" * 1000 + b"]" * 1000 + b",") * 49 + b"1]}",
+    "deep objects": ASK + b"[" + (b'{"content":' * 1000 + b"1" + b"}" * 1000 + b",") * 49 + b"1]}",
+    "strings": ASK + b"[" + b'"%b",' % (b"x" * 60) * 49_900 + b"1]}",
+    "names": ASK + b"{" + b",".join(b'"%x":1' % n for n in range(49_900)) + b"}}",
+    "messages": b'{"model":"m","messages":[' + PARTS * 9_900 + b"{}]}",
 }
 
 
