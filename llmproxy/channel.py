@@ -213,6 +213,7 @@ class Channel(Protocol):
     def _feed(self, data: bytes) -> None:
         """Have it parsed: a header, a body, the next header, each on its own."""
         at, size, lines = 0, len(data), 0
+        self._blind = False
         feed = self._parser.feed_data
         while at < size:
             message = self._message
@@ -238,7 +239,7 @@ class Channel(Protocol):
         if tail and (seam := (tail + data[at : at + 3]).find(_BLANK_LINE)) >= 0:
             end = at + seam + len(_BLANK_LINE) - len(tail)
         elif (found := data.find(_BLANK_LINE, at)) >= 0:
-            end = found + 4
+            end = found + len(_BLANK_LINE)
         else:
             self._tail = (tail + data[at:])[-3:]
             return data[at:]

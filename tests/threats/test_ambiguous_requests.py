@@ -590,6 +590,19 @@ async def test_a_wrong_key_in_between_is_answered_in_its_turn(tmp_path: Path) ->
 
 
 @only_ours
+def test_a_body_of_empty_lines_is_a_body_and_the_connection_goes_on(clock: Clock) -> None:
+    text = b"\r\n\r\n" * 10 * MAX_BLANK_LINES
+    server = Server(clock, Kept(lambda request: request.answer(200, [], b"ok")))
+    for _ in range(3):
+        server.send(
+            plain_request(b"/", b"", CHUNKED) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(text), text)
+        )
+    server.send(plain_request(b"/"))
+    assert statuses(server.sent) == [200] * 4
+    server.leave()
+
+
+@only_ours
 @pytest.mark.parametrize("lines", [1, MAX_BLANK_LINES + 1])
 def test_a_first_line_is_seen_after_a_body_in_chunks_too(clock: Clock, lines: int) -> None:
     decoy = b"POST / HTTP/1.1\r\n"  # what the second line should have been
