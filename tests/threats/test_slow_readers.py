@@ -27,7 +27,7 @@ from tally import LONG
 KIB = 1024
 COUNT = 1000 if LONG else 90
 #: How long a client may leave untaken what waits for it.
-PATIENCE_S = 3.0 if LONG else 1.5
+PATIENCE_S = 10.0 if LONG else 3.0
 #: An answer is longer than all that kernel and proxy keep of it.
 TEXT = chunk(sse_event({"choices": [{"index": 0, "delta": {"content": "x" * 8000}}]}))
 TIMES = 64
@@ -138,7 +138,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     assert "Traceback" not in rig.output()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_readers_that_take_little_are_bounded_in_memory_cut_off_and_billed(rig: Rig) -> None:
     async def scene() -> None:
         async with backend() as url:
@@ -152,7 +152,7 @@ def test_readers_that_take_little_are_bounded_in_memory_cut_off_and_billed(rig: 
                     began = time.monotonic()
                     reading = asyncio.gather(*(reader.run() for reader in readers))
                     waits = [await ask_as_usual(rig.port) for _ in range(5)]
-                    await until(lambda: closed(rig) == COUNT + 6, 30, "all rows to be closed")
+                    await until(lambda: closed(rig) == COUNT + 6, 60, "all rows to be closed")
                     took = time.monotonic() - began
                     await reading  # so all were cut off
                 grown = peak.highest - peak.before
