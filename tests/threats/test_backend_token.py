@@ -34,6 +34,7 @@ from backend import (
     sse_event,
 )
 from load import Load
+from ports import free_port
 from proxy import ProxyHandle, request_bytes, running_proxy
 from rig import Rig
 from server_process import get_status
@@ -92,7 +93,7 @@ def backends(url: str) -> dict[str, dict[str, Any]]:
     soon = {"token": TOKEN, "timeout": 0.1}
     return {
         "m": {"url": url, "token": TOKEN},
-        "gone": {"url": "http://127.0.0.1:1", "token": TOKEN},
+        "gone": {"url": f"http://127.0.0.1:{free_port()}", "token": TOKEN},
         "silent": {"url": url, **soon},
         "tls": {"url": url.replace("http:", "https:"), **soon},
     }
@@ -255,7 +256,7 @@ def test_it_is_in_nothing_that_a_process_shows(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text(f"{TOKEN}\n")
     with rig.backend() as url:
-        urls = (url, url, "http://127.0.0.1:1")
+        urls = (url, url, f"http://127.0.0.1:{free_port()}")
         text = rig.configuration(*urls, models=("m", "of_file", "gone"))
         text = text.replace('device = "gpu"', f'device = "gpu"\ntoken = {json.dumps(TOKEN)}')
         of_file = f'[backends.of_file]\nurl = "{url}"\ndevice = "gpu"\n'
