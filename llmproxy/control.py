@@ -7,7 +7,8 @@
                                             <---   report (metrics, checks), once a second
        reload (config, pems)                --->
        down (servers): what is down now     --->
-       stop (linger)                        --->
+       recover: another process has ended   --->
+       stop (linger, relieved)              --->
        cut: wait for no stream any longer   --->
        leave: the others have ended         --->
                                             <---   report, the last one

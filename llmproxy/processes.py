@@ -133,15 +133,19 @@ class Workers:
         for worker in self._alive.values():
             worker.send(kind, **content)
 
-    def stop(self, patience_s: float) -> Deferred[None]:
-        """Tell all to end; fires when they have. Who has not after `patience_s` is killed."""
+    def stop(self, patience_s: float, *, relieved: bool = False) -> Deferred[None]:
+        """Tell all to end; fires when they have. Who has not after `patience_s` is killed.
+
+        `relieved`: others accept the clients by now.
+        """
         stopped: Deferred[None] = Deferred()
         self._stopped = stopped
         for pause in self._pauses.values():
             pause.cancel()
         self._pauses.clear()
         for worker in self._alive.values():
-            worker.send("stop", linger=self._lingers and worker.number == 0)
+            lingers = self._lingers and worker.number == 0
+            worker.send("stop", linger=lingers, relieved=relieved)
         late = self._reactor.callLater(patience_s, self._kill)
         stopped.addCallback(lambda _: late.cancel() if late.active() else None)
         self._stopping()

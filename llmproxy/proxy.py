@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
-from twisted.internet.endpoints import quoteStringArgument, serverFromString
-from twisted.internet.error import CannotListenError
+from twisted.internet.endpoints import quoteStringArgument
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -26,13 +25,16 @@ from llmproxy.config import Backend, Config, KeyLimits
 from llmproxy.connections import Connections, bounds, descriptors
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
+from llmproxy.handover import Predecessor
 from llmproxy.health import HealthChecks, agent_fetch
 from llmproxy.heartbeat import Heartbeat
 from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
+from llmproxy.model import State
 from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
 from llmproxy.server_tls import Certificates, without_tls
+from llmproxy.sharing import Sockets, adoptable
 from llmproxy.site import Site
 from llmproxy.stores import Stores
 from llmproxy.throttle import Throttle
@@ -45,6 +47,13 @@ log = Logger()
 DRAIN_STEP_S = 0.05
 #: How long exchanges that were cut may take to settle.
 CUT_S = 5.0
+#: How long after the end of a process its lock is looked at: the kernel may close others first.
+RECOVER_S = 1.0
+#: How long a connection must be silent that is closed because the port is served by another
+#: process, or soon will be (a socket of systemd's, where new clients wait meanwhile).
+PARTING_S, PARTING_SOON_S = 5.0, 0.5
+#: How much longer than `drain_deadline` a process may take to stop: to cut, to write, to deliver.
+PATIENCE_S = CUT_S + 25.0
 #: How long clients may take the last bytes of their answers.
 FLUSH_S = 2.0
 #: Connections that wait to be accepted; 50, Twisted's default, makes a rush of clients wait.
@@ -57,6 +66,7 @@ class Proxy(logs.LoggingService):
     Start: stores, then backends, then the admin site, then the public site; `started` fires.
     Stop: no new connections, exchanges end under `drain_deadline`, the ledger's last commits, the
     stores. `on_running` is called once the reactor runs, `on_failure` when a start fails.
+    `predecessor`: whose place this process takes. `relieved`: another one has taken its place.
     """
 
     def __init__(self, load: Callable[[], Config], reactor: Any) -> None:
@@ -66,8 +76,12 @@ class Proxy(logs.LoggingService):
         self.config = load()
         self.metrics = Metrics(__version__, self.config.backends)
         self.stores = Stores(self.config, reactor)
+        self.sockets = Sockets(reactor)
+        self.predecessor: Predecessor | None = None
+        self.relieved = False
         self.ports: list[IListeningPort] = []
         self.admin_ports: list[IListeningPort] = []
+        self._admin_sites: list[AdminSite] = []
         self.backends = Backends(
             lambda backend: connect(backend, reactor, self.config.timeout_connect), reactor
         )
@@ -90,9 +104,7 @@ class Proxy(logs.LoggingService):
         self.started.addErrback(lambda failure: None)
 
     async def _start(self) -> None:
-        recovered = await self.stores.open(lambda seconds, _: self.metrics.ledger_commit(seconds))
-        for state, count in recovered.items():
-            self.metrics.ledger_rows(state, count)
+        self._count(await self.stores.open(lambda seconds, _: self.metrics.ledger_commit(seconds)))
         ledger = self.stores.ledger
         self.metrics.ledger_pending.follow(lambda: ledger.writer.pending)
         if (delivery := self.stores.delivery) is not None:
@@ -106,7 +118,19 @@ class Proxy(logs.LoggingService):
         self._health = health_checks(self.backends, self._reactor, self._checked)
         self._check_backends()
         await self._listen(services)
+        await self._relieve()
         self._announce()
+
+    def _count(self, recovered: Mapping[State, int]) -> None:
+        for state, count in recovered.items():
+            self.metrics.ledger_rows(state, count)
+
+    def recover(self) -> None:
+        """Close what a process that has ended meanwhile left open."""
+        if not self.running:
+            return
+        recovering = Deferred.fromCoroutine(self.stores.recover()).addCallback(self._count)
+        recovering.addErrback(lambda failure: log.failure("recovery failed", failure))
 
     def _check_backends(self) -> None:
         self._health.setServiceParent(self)
@@ -163,6 +187,7 @@ class Proxy(logs.LoggingService):
         admin = admin_resource(self.checks, lambda: self._health.states, exposition)
         for text in self.config.admin.listen:
             site = AdminSite(admin, self._reactor)
+            self._admin_sites.append(site)
             self.admin_ports.append(await self._open(text, site))
         self._site = public = Site(
             make_root(services, int(time.time())),
@@ -193,7 +218,7 @@ class Proxy(logs.LoggingService):
             let_wait(self.ports[-1], text)
 
     async def _open(self, text: str, factory: Any) -> IListeningPort:
-        return await open_endpoint(self._reactor, text, factory, self.certificates)
+        return await open_endpoint(self.sockets, text, factory, self.certificates)
 
     def checks(self) -> dict[str, bool | str]:
         """What `/readyz` says of this process."""
@@ -205,6 +230,11 @@ class Proxy(logs.LoggingService):
             "ledger": not self.stores.ledger.writer.failing,
             "version": __version__,
         }
+
+    async def _relieve(self) -> None:
+        if self.predecessor is not None:
+            ports = self.ports + self.admin_ports
+            await relieve(self.predecessor, self.sockets, ports, self.recover)
 
     def _announce(self) -> None:
         announce(self.config, self.ports, self.admin_ports)
@@ -237,6 +267,8 @@ class Proxy(logs.LoggingService):
     def cut(self) -> None:
         """Wait for no stream any longer."""
         self._cut = True
+        if self.predecessor is not None:
+            self.predecessor.cut()
 
     def stopService(self) -> Deferred[None]:
         """Stop in order; fires when every row is settled and everything is closed."""
@@ -244,17 +276,24 @@ class Proxy(logs.LoggingService):
 
     async def _stop(self) -> None:
         services, site = self._services, self._site
+        until = time.monotonic() + self.config.drain_deadline
         await stopped(self.ports)
         if services is not None and site is not None:
+            if self.relieved:
+                await self._part(site, PARTING_S, until)
+            elif any(adoptable(text) != text for text in public_endpoints(self.config)):
+                await self._part(site, PARTING_SOON_S, until)
             services.draining = True
             for channel in list(site.connections):
                 channel.retire()
-            await self._drain(services, self.config.drain_deadline)
+            await self._drain(services, until)
             for exchange in list(services.exchanges):
                 exchange.cut()
             self._cut = False
-            await self._drain(services, CUT_S)
+            await self._drain(services, time.monotonic() + CUT_S)
             await self._disconnect(site)
+        if self.predecessor is not None:
+            await self.predecessor.ended(patience(self.config))
         await stopped(self.admin_ports)
         await self._stop_children()
         self.backends.close()
@@ -262,8 +301,12 @@ class Proxy(logs.LoggingService):
         self._timeouts.close()
         log.info("stopped")
 
-    async def _drain(self, services: Services, deadline_s: float) -> None:
-        until = time.monotonic() + deadline_s
+    async def _part(self, site: Site, idle_s: float, until: float) -> None:
+        part([site, *self._admin_sites], idle_s)
+        while site.connections and time.monotonic() < until and not self._cut:
+            await deferLater(self._reactor, DRAIN_STEP_S)
+
+    async def _drain(self, services: Services, until: float) -> None:
         if services.exchanges:
             log.info("waiting for {count} requests to end", count=len(services.exchanges))
         while services.exchanges and time.monotonic() < until and not self._cut:
@@ -288,27 +331,46 @@ class Proxy(logs.LoggingService):
             await stopping
 
 
+async def relieve(
+    predecessor: Predecessor,
+    sockets: Sockets,
+    ports: Iterable[IListeningPort],
+    recover: Callable[[], None],
+) -> None:
+    """Accept clients from these ports once the predecessor accepts none; `recover` what it leaves.
+
+    Raises ConfigError.
+    """
+    sockets.pause()
+    await predecessor.makes_room()
+    sockets.own()
+    predecessor.gone.addCallback(lambda _: sockets.reactor.callLater(RECOVER_S, recover))
+    for port in ports:
+        cast(Any, port).startReading()
+
+
+def part(sites: Iterable[Site], idle_s: float) -> None:
+    """Let the clients of these sites go to another process, each when it has been told so, or has
+    been silent for `idle_s`."""
+    for site in sites:
+        for channel in list(site.connections):
+            channel.part(idle_s)
+
+
+def patience(settings: Config) -> float:
+    """How many seconds a process may take to stop."""
+    return settings.drain_deadline + PATIENCE_S
+
+
 async def open_endpoint(
-    reactor: Any, text: str, factory: Any, certificates: Certificates
+    sockets: Sockets, text: str, factory: Any, certificates: Certificates
 ) -> IListeningPort:
     """Listen on the endpoint that `text` names, with a certificate if it is an `ssl:` one. Raises
     ConfigError."""
     plain, files = without_tls(text)
     if files is not None:
-        factory = certificates.load(files).over(factory, reactor)
-    return await open_port(reactor, plain, factory)
-
-
-async def open_port(reactor: Any, text: str, factory: Any) -> IListeningPort:
-    """Listen on the endpoint without TLS that `text` names. Raises ConfigError."""
-    factory.noisy = False
-    try:
-        port: IListeningPort = await serverFromString(reactor, text).listen(factory)
-    except CannotListenError as error:
-        raise ConfigError(f"can't listen on {text}: {error.socketError}") from None
-    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
-        raise ConfigError(f"can't listen on {text}: {error}") from None
-    return port
+        factory = certificates.load(files).over(factory, sockets.reactor)
+    return await sockets.open(plain, factory)
 
 
 def let_wait(port: IListeningPort, text: str) -> None:

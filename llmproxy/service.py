@@ -2,6 +2,7 @@
 
 twistd -n llmproxy -c config.toml  -->  Options --> makeService --> Proxy, or Supervisor
 SIGHUP --> Proxy.reload    SIGTERM, SIGINT --> the reactor stops, and the proxy with it
+SIGUSR2 --> Handover: a new process is started, and once it serves, the reactor stops
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from twisted.python import usage
 from llmproxy import __version__, config, logs
 from llmproxy.errors import ConfigError
 from llmproxy.garbage import collect_rarely
+from llmproxy.handover import Handover, Pidfile, Predecessor
 from llmproxy.proxy import Proxy
 from llmproxy.reactor import install
+from llmproxy.sharing import Sockets
 from llmproxy.supervisor import Supervisor
+from llmproxy.systemd import tell_systemd
 from llmproxy.tryout import make_demo
 
 
@@ -64,7 +68,13 @@ def makeService(options: Options) -> IService:
     proxy.log_observer = observer
     if observer is not None:
         observer.gather(reactor)
-    signals = Signals(proxy, reactor)
+    if (predecessor := Predecessor.of(os.environ, reactor)) is not None:
+        proxy.predecessor = predecessor
+        proxy.sockets = Sockets(reactor, predecessor.sockets)
+    else:  # that one tells systemd about us, as long as it is the main process
+        proxy.started.addCallback(lambda _: tell_systemd("READY=1"))
+    pidfile = Pidfile(options.parent) if options.parent else None
+    signals = Signals(proxy, reactor, pidfile, relievable=not options["demo"])
 
     def running() -> None:
         signals.install()
@@ -93,27 +103,57 @@ def _create_config(path: Path) -> None:
 
 
 class Signals:
-    """The signals that an operator sends: SIGHUP, SIGTERM, SIGINT."""
+    """The signals that an operator sends: SIGHUP, SIGTERM, SIGINT, SIGUSR2.
 
-    def __init__(self, proxy: Proxy | Supervisor, reactor: Any) -> None:
+    relievable: whether SIGUSR2 has an effect.
+    """
+
+    def __init__(
+        self,
+        proxy: Proxy | Supervisor,
+        reactor: Any,
+        pidfile: Pidfile | None = None,
+        *,
+        relievable: bool = True,
+    ) -> None:
         self._proxy = proxy
         self._reactor = reactor
-        self._stopping = False
+        self._relievable = relievable
+        self._handover = Handover(proxy, reactor, self._relieved, pidfile=pidfile)
+        self._stopping = False  # whatever the reason
+        self._told = False  # by a signal
 
     def install(self) -> None:
         """Take the signals over. Twisted would end itself by the signal, not with status 0."""
         signal.signal(signal.SIGHUP, self._soon(self._proxy.reload))
         signal.signal(signal.SIGTERM, self._soon(self._stop))
         signal.signal(signal.SIGINT, self._soon(self._stop))
+        signal.signal(signal.SIGUSR2, self._soon(self._be_relieved))
 
     def _soon(self, act: Callable[[], None]) -> Callable[[int, object], None]:
         return lambda number, frame: self._reactor.callFromThread(act)
 
     def _stop(self) -> None:
         """The first time: stop in order. The second time: wait for no stream any longer."""
-        if self._stopping:
+        if self._told:
             self._proxy.cut()
         elif self._reactor.running:
+            self._told = True
+            if not self._stopping:
+                self._handover.abandon()
+                tell_systemd("STOPPING=1")
+            self._leave()
+
+    def _be_relieved(self) -> None:
+        if self._relievable and self._proxy.started.called and not self._stopping:
+            self._handover.begin()
+
+    def _relieved(self) -> None:
+        self._proxy.relieved = True
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._stopping:
             self._stopping = True
             self._reactor.stop()
 

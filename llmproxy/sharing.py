@@ -1,7 +1,8 @@
-"""Listening sockets that several processes share.
+"""Listening sockets that several processes share, at the same time or one after the other.
 
 The supervisor binds them and accepts nothing; each worker inherits the descriptors and accepts
-from the one queue that the kernel keeps for all, so what waits there outlives any worker.
+from the one queue that the kernel keeps for all, so what waits there outlives any worker. A
+process that takes another one's place inherits them too: they are never closed in between.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 from twisted.internet import tcp
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.python.failure import Failure
+from twisted.python.lockfile import FilesystemLock
 
+from llmproxy.errors import ConfigError
 from llmproxy.reactor import UNIXPort
 
 #: How many connections a worker takes each time that it is woken. All idle workers are woken for
@@ -23,6 +29,18 @@ from llmproxy.reactor import UNIXPort
 ACCEPTS = 1
 #: How long a worker leaves a connection to those who hold fewer.
 YIELD_S = 0.002
+
+
+async def open_port(reactor: Any, text: str, factory: Any) -> IListeningPort:
+    """Listen on the endpoint without TLS that `text` names. Raises ConfigError."""
+    factory.noisy = False
+    try:
+        port: IListeningPort = await serverFromString(reactor, text).listen(factory)
+    except CannotListenError as error:
+        raise ConfigError(f"can't listen on {text}: {error.socketError}") from None
+    except (ValueError, TypeError, KeyError, IndexError, OSError) as error:
+        raise ConfigError(f"can't listen on {text}: {error}") from None
+    return port
 
 
 def hold(port: IListeningPort) -> int:
@@ -35,14 +53,75 @@ def hold(port: IListeningPort) -> int:
     return descriptor
 
 
+class Sockets:
+    """All that a process listens on, to be handed on to one that takes its place.
+
+    `inherited`: texts of endpoints without their TLS, and the descriptors of sockets that are
+    listened on there already. What an endpoint's text names is taken from these, else opened.
+    """
+
+    def __init__(self, reactor: Any, inherited: Iterable[tuple[str, int]] = ()) -> None:
+        self.reactor = reactor
+        self._inherited = [*inherited]
+        self._ports: list[tuple[str, IListeningPort]] = []
+
+    async def open(self, text: str, factory: Any) -> IListeningPort:
+        """Listen on the endpoint without TLS that `text` names. Raises ConfigError."""
+        port = await self._port(text, factory)
+        self._ports.append((text, port))
+        return port
+
+    async def _port(self, text: str, factory: Any) -> IListeningPort:
+        for each in self._inherited:
+            if each[0] == text:
+                self._inherited.remove(each)
+                return await open_port(Adopting(self.reactor, each[1]), adoptable(text), factory)
+        return await open_port(self.reactor, text, factory)
+
+    def pause(self) -> None:
+        """Accept nobody."""
+        for _, port in self._ports:
+            cast(Any, port).stopReading()
+
+    def own(self) -> None:
+        """Nobody else is left who uses what was inherited. What is not listened on is closed."""
+        for _, descriptor in self._inherited:
+            os.close(descriptor)
+        self._inherited.clear()
+        for text, port in self._ports:
+            if isinstance(port, _SharedUNIXPort) and adoptable(text) == text:
+                port.own()
+
+    def descriptors(self) -> list[tuple[str, int]]:
+        """What another process is to inherit."""
+        return [(text, cast(Any, port).fileno()) for text, port in self._ports]
+
+    def hand_on(self, pid: int) -> None:
+        """The process `pid` has inherited them: accept nobody, and leave all but our copies."""
+        for _, port in self._ports:
+            hold(port)
+            if isinstance(port, UNIXPort):
+                _hand_on_file(port, pid)
+
+
+def _hand_on_file(port: UNIXPort, pid: int) -> None:
+    shared = cast(Any, port)
+    shared.connectionLost = partial(tcp.Port.connectionLost, port)
+    if shared.lockFile is not None:
+        lock = os.fsdecode(shared.lockFile.name)
+        os.symlink(str(pid), f"{lock}.{pid}")
+        os.replace(f"{lock}.{pid}", lock)
+
+
 class Adopting:
     """Stands for the reactor where an endpoint wants to listen: it gets a socket that is there.
 
-    So the endpoint's text is understood by its own parser.
+    So the endpoint's text is understood by its own parser. `my_turn`: see `accept_few`; without it
+    nobody else accepts from that socket.
     """
 
     def __init__(
-        self, reactor: Any, descriptor: int, my_turn: Callable[[], bool] = lambda: True
+        self, reactor: Any, descriptor: int, my_turn: Callable[[], bool] | None = None
     ) -> None:
         self._reactor = reactor
         self._descriptor = descriptor
@@ -72,7 +151,8 @@ class Adopting:
                 port: IListeningPort = _SharedUNIXPort.of(shared, factory, self._reactor)
             else:
                 port = self._reactor.adoptStreamPort(shared.fileno(), shared.family, factory)
-        accept_few(port, self._reactor, self._my_turn)
+        if self._my_turn is not None:
+            accept_few(port, self._reactor, self._my_turn)
         return port
 
 
@@ -116,9 +196,11 @@ def accept_few(
 class _SharedUNIXPort(UNIXPort):
     """A UNIX socket that is listened on already. The file that is its address stays as it is,
     and where it is: Twisted's own way to adopt one sets its mode, and removes it at the end.
+    `own` makes it ours, to be removed at the end.
     """
 
     _shouldShutdown = False
+    _is_ours = False
 
     @classmethod
     def of(cls, shared: socket.socket, factory: IProtocolFactory, reactor: Any) -> _SharedUNIXPort:
@@ -136,6 +218,16 @@ class _SharedUNIXPort(UNIXPort):
         self.numberAccepts = ACCEPTS
         self.startReading()
 
+    def own(self) -> None:
+        """The file is ours from now on, and the lock beside it if there is one."""
+        self._is_ours = True
+        lock = os.fsencode(self.socket.getsockname()) + b".lock"
+        if os.path.islink(lock):
+            self.lockFile = FilesystemLock(lock)  # which whoever had it has made over to us
+
     def connectionLost(self, reason: Failure) -> None:
-        """Close our copy."""
-        tcp.Port.connectionLost(self, reason)
+        """Close our copy; of what is ours, all."""
+        if self._is_ours:
+            super().connectionLost(reason)
+        else:
+            tcp.Port.connectionLost(self, reason)

@@ -77,7 +77,7 @@ class Stores:
         self.delivery: Delivery | None = None
 
     async def open(self, on_commit: Callable[[float, int], None]) -> Mapping[State, int]:
-        """Make what is missing, and close what dead processes left open: so many, by state.
+        """Make what is missing, and `recover`.
 
         Raises ConfigError, StorageError.
         """
@@ -100,6 +100,10 @@ class Stores:
             await self._open_mongo()
         else:
             self.accounts = SQLiteAccounts(self._pool())
+        return await self.recover()
+
+    async def recover(self) -> Mapping[State, int]:
+        """Close what dead processes left open: so many, by state."""
         recovered = await self.ledger.recover()
         self._owners.bury_dead()
         for state, count in recovered.items():

@@ -27,30 +27,30 @@ from llmproxy.admin import AdminSite, admin_resource
 from llmproxy.backends import Backends
 from llmproxy.config import Config
 from llmproxy.control import FIRST_LISTENER, FROM_SUPERVISOR, LOADS, TO_SUPERVISOR, config_to_json
+from llmproxy.handover import Predecessor
 from llmproxy.loads import GONE, Loads
 from llmproxy.metrics import Metrics
 from llmproxy.processes import Worker, Workers
 from llmproxy.proxy import (
-    CUT_S,
+    PARTING_S,
     announce,
     health_checks,
     let_wait,
     open_endpoint,
-    open_port,
+    part,
+    patience,
     public_endpoints,
     read_again,
+    relieve,
     servers,
     stopped,
     tell_why_not_started,
 )
 from llmproxy.server_tls import Certificate, Certificates, Pem, without_tls
-from llmproxy.sharing import hold
+from llmproxy.sharing import Sockets, hold
 from llmproxy.stores import prepare_database
 from llmproxy.totals import joined_checks
 from llmproxy.upstream import connect
-
-#: How much longer than `drain_deadline` a worker may take to stop: to cut, to write, to deliver.
-PATIENCE_S = CUT_S + 25.0
 
 log = Logger()
 
@@ -67,8 +67,12 @@ class Supervisor(logs.LoggingService):
         self.backends = Backends(
             lambda backend: connect(backend, reactor, self.config.timeout_connect), reactor
         )
+        self.sockets = Sockets(reactor)
+        self.predecessor: Predecessor | None = None
+        self.relieved = False
         self.ports: list[IListeningPort] = []
         self.admin_ports: list[IListeningPort] = []
+        self._admin_sites: list[AdminSite] = []
         self.workers = Workers(
             reactor, self.config.workers, self._launch, lingers=self.config.db.is_mongodb
         )
@@ -106,12 +110,19 @@ class Supervisor(logs.LoggingService):
         for text in public_endpoints(self.config):
             plain, files = without_tls(text)
             certificate = self.certificates.load(files) if files is not None else None
-            self.ports.append(await open_port(self._reactor, plain, Factory()))
+            self.ports.append(await self.sockets.open(plain, Factory()))
             let_wait(self.ports[-1], text)
             self._listeners.append((plain, hold(self.ports[-1]), certificate))
         await self.workers.start()
         self._health.setServiceParent(self)
         self._serving = True
+        if self.predecessor is not None:
+            await relieve(
+                self.predecessor,
+                self.sockets,
+                self.admin_ports,
+                lambda: self.workers.send("recover"),
+            )
         for port in self.admin_ports:
             port.startReading()  # type: ignore[attr-defined]
         announce(self.config, self.ports, self.admin_ports)
@@ -122,7 +133,8 @@ class Supervisor(logs.LoggingService):
         admin = admin_resource(self.checks, lambda: self._health.states, exposition)
         for text in self.config.admin.listen:
             site = AdminSite(admin, self._reactor)
-            port = await open_endpoint(self._reactor, text, site, self.certificates)
+            self._admin_sites.append(site)
+            port = await open_endpoint(self.sockets, text, site, self.certificates)
             self.admin_ports.append(port)
             port.stopReading()  # type: ignore[attr-defined]
 
@@ -219,6 +231,8 @@ class Supervisor(logs.LoggingService):
     def cut(self) -> None:
         """Wait for no stream any longer."""
         self.workers.send("cut")
+        if self.predecessor is not None:
+            self.predecessor.cut()
 
     def stopService(self) -> Deferred[None]:
         """Stop in order; fires when all workers have ended."""
@@ -226,9 +240,13 @@ class Supervisor(logs.LoggingService):
 
     async def _stop(self) -> None:
         self._serving = False
-        ending = self.workers.stop(self.config.drain_deadline + PATIENCE_S)
+        if self.relieved:
+            part(self._admin_sites, PARTING_S)
+        ending = self.workers.stop(patience(self.config), relieved=self.relieved)
         await stopped(self.ports)
         await ending
+        if self.predecessor is not None:
+            await self.predecessor.ended(patience(self.config))
         await stopped(self.admin_ports)
         stopping = super().stopService()
         if stopping is not None:

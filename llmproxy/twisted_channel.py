@@ -127,6 +127,10 @@ class TwistedChannel(HTTPChannel):
         if self.is_idle:
             self.close()
 
+    def part(self, idle_s: float) -> None:
+        """See `Channel.part`; this one does not wait for a next request."""
+        self.retire()
+
     def done(self) -> None:
         """See `IsChannel.done`."""
         if self._retiring:

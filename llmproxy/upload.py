@@ -91,18 +91,22 @@ class Upload:
         `look` gets it in blocks as it comes, unless it is smaller than one.
         """
         self.refuse_over(limit)
-        body = bytearray()  # parts of a few bytes each would take many times their size
-        looked = 0
+        blocks: list[bytes] = []
+        block = bytearray()  # parts of a few bytes each would take many times their size
+        size = 0
         while (chunk := await self.next(timeout_s)) is not None:
-            body += chunk
-            if len(body) > limit:
+            size += len(chunk)
+            if size > limit:
                 raise too_large(limit)
-            if len(body) - looked >= BLOCK:
-                look(bytes(memoryview(body)[looked:]))
-                looked = len(body)
-        if looked:
-            look(bytes(memoryview(body)[looked:]))
-        return bytes(body)
+            block += chunk
+            if len(block) >= BLOCK:
+                blocks.append(bytes(block))
+                block.clear()
+                look(blocks[-1])
+        blocks.append(bytes(block))
+        if size >= BLOCK:
+            look(blocks[-1])
+        return b"".join(blocks)
 
     def refuse_over(self, limit: int) -> None:
         """Raises BodyTooLarge if the announced length is over `limit`, before a byte is read."""

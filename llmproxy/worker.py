@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.defer import TimeoutError as DeferTimeoutError
-from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.stdio import StandardIO
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger, globalLogBeginner
@@ -27,18 +26,17 @@ from llmproxy.control import (
     FROM_SUPERVISOR,
     LOADS,
     TO_SUPERVISOR,
-    Decoder,
     Message,
     config_from_json,
-    encode,
 )
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.garbage import collect_rarely
+from llmproxy.link import Link
 from llmproxy.loads import Loads
-from llmproxy.proxy import Proxy, open_port
+from llmproxy.proxy import Proxy
 from llmproxy.reactor import install
 from llmproxy.server_tls import Certificate, Loaded, Pem
-from llmproxy.sharing import Adopting, adoptable
+from llmproxy.sharing import Adopting, adoptable, open_port
 from llmproxy.site import Site
 from llmproxy.stores import SHARED_POLL_S, Stores
 
@@ -134,30 +132,6 @@ class WorkerProxy(Proxy):
         await super()._close_stores()
 
 
-class Link(Protocol):
-    """The supervisor, as a worker sees it. `gone` fires when it can't be told anything more."""
-
-    def __init__(self, heard: Callable[[Message], None]) -> None:
-        self.gone: Deferred[None] = Deferred()
-        self._heard = heard
-        self._decoder = Decoder()
-
-    def send(self, kind: str, **content: object) -> None:
-        """Tell it something."""
-        if self.transport is not None:
-            self.transport.write(encode(kind, **content))
-
-    def dataReceived(self, data: bytes) -> None:
-        """It says something."""
-        for message in self._decoder.feed(data):
-            self._heard(message)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """It is gone, or we have closed."""
-        self.transport = None
-        self.gone.callback(None)
-
-
 class WorkerProcess:
     """The process: does what it is told, reports, and ends with `status`."""
 
@@ -188,9 +162,13 @@ class WorkerProcess:
             case "down" if self._proxy is not None:
                 self._proxy.backends.set_down({(name, url) for name, url in message["servers"]})
             case "stop":
-                if self._proxy is not None and message["linger"]:
-                    self._proxy.linger()
+                if self._proxy is not None:
+                    self._proxy.relieved = message["relieved"]
+                    if message["linger"]:
+                        self._proxy.linger()
                 self.stop()
+            case "recover" if self._proxy is not None:
+                self._proxy.recover()
             case "cut" if self._proxy is not None:
                 self._proxy.cut()
             case "leave" if self._proxy is not None:
@@ -271,6 +249,7 @@ def main() -> None:
     # A terminal sends these to all of its processes; the supervisor passes on what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     install()
     from twisted.internet import reactor as global_reactor
 

@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.task import Clock
 
-from llmproxy import config, policy, reactor, site
+from llmproxy import config, handover, policy, reactor, site
 from llmproxy.balancing import Standing
 from llmproxy.billing import settlement
 from llmproxy.ctl import make_parser
@@ -135,6 +135,7 @@ def test_every_variable_is_documented() -> None:
     assert documented("Environment variables").keys() == {
         config.PATH_VARIABLE,
         config.DB_URI_VARIABLE,
+        handover.VARIABLE,
         site.VARIABLE,
         reactor.VARIABLE,
     }

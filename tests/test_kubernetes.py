@@ -15,7 +15,7 @@ import yaml
 
 from llmproxy import config
 from llmproxy.metrics import Metrics
-from llmproxy.supervisor import PATIENCE_S
+from llmproxy.proxy import PATIENCE_S
 
 FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes"
 #: The oldest minor version that knows all fields: `sleep` as a hook is on by default since 1.30.

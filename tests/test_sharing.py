@@ -20,9 +20,9 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from llmproxy.proxy import open_port, stopped
+from llmproxy.proxy import stopped
 from llmproxy.server_tls import Certificate, Loaded, Pem
-from llmproxy.sharing import Adopting, accept_few, adoptable, hold
+from llmproxy.sharing import Adopting, accept_few, adoptable, hold, open_port
 
 # The global reactor has no type of its own: it is whichever was installed.
 reactor: Any = _reactor

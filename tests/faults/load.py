@@ -17,6 +17,7 @@ class Asked:
 
     generation: which run of the proxy it was sent to. rid: its X-Request-ID, if a header came.
     finished: the answer came to its own end, body and framing. ended_at: when that was (Unix time).
+    closes: the answer said that it is the connection's last.
     """
 
     marker: str
@@ -31,6 +32,7 @@ class Asked:
     status: int | None = None
     body: bytes = field(default=b"", repr=False)
     finished: bool = False
+    closes: bool = False
     ended_at: float = 0.0
 
     @property
@@ -109,7 +111,7 @@ class Load:
 
     async def _ask(
         self, number: int, link: asyncio.StreamReader, out: asyncio.StreamWriter
-    ) -> None:
+    ) -> Asked:
         speech, stream, tokens, ms = self._plan.pick()
         marker = f"{self.generation}-{number}-{len(self.asked)}"
         prompt = self._plan.random.randint(1, 999)
@@ -125,6 +127,7 @@ class Load:
         out.write(head.encode() + body)
         asked.sent = True
         await _answer(asked, link)
+        return asked
 
 
 async def _answer(asked: Asked, link: asyncio.StreamReader) -> None:
@@ -133,6 +136,7 @@ async def _answer(asked: Asked, link: asyncio.StreamReader) -> None:
     pairs = (line.split(": ", 1) for line in lines[1:] if line)
     fields = {name.lower(): value for name, value in pairs}
     asked.rid = fields["x-request-id"]
+    asked.closes = fields.get("connection") == "close"
     if "content-length" in fields:
         asked.body = await link.readexactly(int(fields["content-length"]))
     else:

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Rig:
     """A folder with a configuration, a database with the keys of `clients`, and logs.
 
     command: Python's arguments. around: a command that runs another one, as strace does. workers:
-    as the setting has it.
+    as the setting has it. env: more variables. pass_fds: descriptors that the process inherits.
     """
 
     def __init__(
@@ -39,8 +39,11 @@ class Rig:
         command: Sequence[str],
         around: Sequence[str | Path] = (),
         workers: int = 1,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.workers = workers
+        self._env, self._pass_fds = env or {}, pass_fds
         self.folder = folder
         self.config = folder / "config.toml"
         self.database = folder / "db.sqlite"
@@ -94,7 +97,8 @@ class Rig:
             return subprocess.Popen(
                 [*self._command, "-c", self.config.name],
                 cwd=self.folder,
-                env=os.environ | {"PYTHONPATH": str(HERE.parent.parent)},
+                env={**os.environ, **self._env, "PYTHONPATH": str(HERE.parent.parent)},
+                pass_fds=self._pass_fds,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -46,10 +46,11 @@ class PatientLoad(Load):
 
     async def _ask(
         self, number: int, link: asyncio.StreamReader, out: asyncio.StreamWriter
-    ) -> None:
-        await super()._ask(number, link, out)
-        if self.asked and any(each.status == 503 for each in self.asked[-CLIENTS:]):
+    ) -> Asked:
+        asked = await super()._ask(number, link, out)
+        if any(each.status == 503 for each in self.asked[-CLIENTS:]):
             await asyncio.sleep(0.1)
+        return asked
 
 
 def plan(seed: int) -> Plan:
