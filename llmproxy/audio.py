@@ -281,7 +281,8 @@ class FormRewriter:
         while found >= 0:
             if self._buffer[found - 2 : found] == b"\r\n" and found > self._lead:
                 return found - 2
-            if self._buffer[found - 1] in (0x0D, 0x0A):
+            # One at the very beginning was seen before, when what is before it was here.
+            if found and self._buffer[found - 1] in (0x0D, 0x0A):
                 raise BadRequest("The form has a boundary with a wrong line end before it.")
             found = self._buffer.find(self._delimiter[2:], found + 1)
         return -1

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import httptools
 from twisted.internet.interfaces import (
@@ -226,12 +226,14 @@ class Channel(Protocol):
         """Have it parsed: a header, a body, the next header, each on its own."""
         at, size, lines = 0, len(data), 0
         self._blind = False
+        feed = self._parser.feed_data
         while at < size:
             message = self._message
-            if message is None or message.upload is None:
+            upload = None if message is None else message.upload
+            if upload is None:
                 part = self._up_to_blank_line(data, at)
                 self._head = self._head + part if self._head else part
-            elif message.upload.length is not None:
+            elif upload.length is not None:
                 part = data[at : at + self._left_bytes]
                 self._left_bytes -= len(part)
             else:  # its end is a blank line, though not every blank line is its end
@@ -241,7 +243,7 @@ class Channel(Protocol):
                 self._chunked_bytes += len(part)
                 self._framing_bytes += len(part)
             at += len(part)
-            self._parser.feed_data(part)
+            feed(part)
 
     def _up_to_blank_line(self, data: bytes, at: int) -> bytes:
         """What is in `data` from `at` on to the end of a blank line, or all."""
@@ -249,7 +251,7 @@ class Channel(Protocol):
         if tail and (seam := (tail + data[at : at + 3]).find(_BLANK_LINE)) >= 0:
             end = at + seam + len(_BLANK_LINE) - len(tail)
         elif (found := data.find(_BLANK_LINE, at)) >= 0:
-            end = found + 4
+            end = found + len(_BLANK_LINE)
         else:
             self._tail = (tail + data[at:])[-3:]
             return data[at:]
@@ -269,7 +271,7 @@ class Channel(Protocol):
             elif self.request is not None:
                 self._wait_no_more()
         elif message.upload is None:
-            self._heading(message)
+            self._heading()
         else:
             self._body_goes_on(message, message.upload)
 
@@ -278,13 +280,11 @@ class Channel(Protocol):
         if not b"\r\n".startswith(self._head):
             self._broken(framing.bad_line())
 
-    def _heading(self, message: Message) -> None:
+    def _heading(self) -> None:
         """A header has begun, and is not complete: its size and time have bounds."""
-        if len(self._head) > framing.MAX_HEADER:
-            in_target = not self._raw_fields and len(message.target) > framing.MAX_TARGET
-            self._broken(framing.too_long() if in_target else framing.too_large())
-        elif not framing.begins_well(self._head):
-            self._broken(framing.bad_line())
+        problem = framing.problem_so_far(self._head)
+        if problem is not None:
+            self._broken(problem)
         elif self._due != self._header_too_slow:
             self._wait(HEADER_TIMEOUT_S, self._header_too_slow)
 
@@ -306,7 +306,7 @@ class Channel(Protocol):
         elif message is not None and message.upload is not None:
             self._refuse(problem)  # its body is what makes no sense
 
-    def _stop(self, problem: ProxyError) -> None:
+    def _stop(self, problem: ProxyError) -> NoReturn:
         """Parse no further, from within the parser."""
         self._problem = problem
         raise problem
@@ -320,35 +320,26 @@ class Channel(Protocol):
         self._message = Message()
         self._raw_fields = []
 
-    def on_url(self, target: bytes) -> None:
-        """The target, or a part of it."""
-        message = self._message
-        assert message is not None
-        message.target += target
-        if len(message.target) > framing.MAX_TARGET:
-            self._stop(framing.too_long())
-
     def on_header(self, name: bytes, value: bytes) -> None:
         """A field of the header, or of the trailer, which nobody reads."""
         self._raw_fields.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The header is complete."""
-        message, parser = self._message, self._parser
+        message = self._message
         assert message is not None
         head, raw_fields = self._head, self._raw_fields
         self._head, self._raw_fields = b"", []
         if len(head) > framing.MAX_HEADER or len(raw_fields) > framing.MAX_FIELDS:
-            self._stop(framing.too_large())
-        if not framing.begins_well(head):
+            self._stop(framing.problem_so_far(head) or framing.too_large())
+        line = framing.first_line(head)
+        if line is None:
             self._stop(framing.bad_line())
-        fields = framing.combined(raw_fields)
-        message.fields = fields
-        message.method = parser.get_method()
-        message.version = b"HTTP/" + parser.get_http_version().encode()
-        message.keep = parser.should_keep_alive() and message.version == b"HTTP/1.1"
+        method, target, version = message.method, message.target, message.version = line
+        message.fields = fields = framing.combined(raw_fields)
+        message.keep = version == b"HTTP/1.1" and self._parser.should_keep_alive()
         try:
-            framing.check(message.method, message.target, message.version, fields)
+            framing.check(method, target, version, fields)
         except ProxyError as error:
             message.refusal = error
         length: int | None = None

@@ -21,6 +21,8 @@ from llmproxy.errors import ProxyError, TooManyRequests, Unavailable
 #: Descriptors that are neither a client's nor a backend's: database, log, ports, admin site,
 #: connections that are being refused.
 RESERVE = 128
+#: No more than this unless it is set: they take 150 MB, and more with TLS.
+MOST = 32_768
 #: What one address may have of all, unless it is set.
 SHARE = 0.75
 #: What is short, as metrics name it: the settings, and what is done first.
@@ -54,10 +56,11 @@ def descriptors() -> int:
 def bounds(files: int, most: int, per_address: int) -> tuple[int, int]:
     """How many there may be with so many descriptors, in all and from one address.
 
-    The settings are 0 where they are not given: half of the descriptors, and `SHARE` of that.
+    The settings are 0 where they are not given: half of the descriptors but `MOST`, and `SHARE` of
+    that.
     """
     room = max(2, files - RESERVE)
-    most = min(most, room) if most else room // 2
+    most = min(most, room) if most else min(MOST, room // 2)
     return most, per_address or max(1, int(SHARE * most))
 
 

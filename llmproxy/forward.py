@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IProtocol, IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
@@ -26,14 +27,20 @@ from llmproxy.backends import Model, Route
 from llmproxy.billing import NOTHING
 from llmproxy.downstream import Downstream
 from llmproxy.errors import BackendError, BackendTimeout, ProxyError, Unavailable
+from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.meter import StreamMeter
 from llmproxy.model import Outcome, Reading
+from llmproxy.outline import Outliner
 from llmproxy.relay import BodyEnd, BodyReader
-from llmproxy.upload import ClientGone
+from llmproxy.upload import BLOCK, ClientGone
 from llmproxy.upstream import NotSent, RequestBody, drop, translate
 
 #: Longest JSON answer of a backend that is read.
 MAX_ANSWER = 64 * 1024 * 1024
+#: A JSON answer of this size and more is read by its outline; others' streams go on meanwhile.
+LARGE = 1024 * 1024
+#: One with more values than an outline may have is read in one go up to here; a longer one is not.
+MAX_IN_ONE_GO = 16 * 1024 * 1024
 #: Longest refusal of a backend that is read.
 MAX_REFUSAL = 1024 * 1024
 #: How long a backend may take to close a stream after its last event.
@@ -259,7 +266,7 @@ class Forward:
             if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
                 return self._cut_short(end, Reading())
             body = b"".join(self._parts)
-        reading = self._order.read(body)
+        reading = self._order.read(body if len(body) < LARGE else await self._outline(body))
         if end is BodyEnd.UNFRAMED and not reading.answered:  # closed in the middle
             return self._ending(Outcome.TRUNCATED, reading, _BROKEN)
         answer = Answer(200, body, headers.for_client(response.fields))
@@ -270,6 +277,17 @@ class Forward:
                 unclear = reading._replace(exact=False, raw=reading.raw or "")
                 return self._ending(Outcome.BACKEND_FAILED, unclear, error)
         return self._ending(self._or_gone(Outcome.COMPLETE), reading, answer)
+
+    async def _outline(self, body: bytes) -> bytes:
+        """What is to be read of a large answer; its usage is there as it was."""
+        outliner = Outliner()
+        try:
+            for start in range(0, len(body), BLOCK):
+                outliner.feed(body[start : start + BLOCK])
+                await deferLater(self._clock, 0)
+            return outliner.finish().text
+        except InvalidJSON:
+            return body[:MAX_IN_ONE_GO]
 
     def _collect_up_to(self, limit: int) -> Callable[[bytes], None]:
         def collect(data: bytes) -> None:

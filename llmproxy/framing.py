@@ -9,7 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from llmproxy.errors import BadRequest, ExpectationFailed, HeaderTooLarge, TargetTooLong
+from llmproxy.errors import (
+    BadRequest,
+    ExpectationFailed,
+    HeaderTooLarge,
+    ProxyError,
+    TargetTooLong,
+)
 
 #: Longest target of a request, in bytes.
 MAX_TARGET = 8 * 1024
@@ -22,7 +28,9 @@ Fields = dict[bytes, bytes]
 
 _VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
 # RFC 9112 section 3: single spaces. One empty line may come before it (section 2.2).
-_LINE = re.compile(rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/[0-9]\.[0-9]\r\n")
+_LINE = re.compile(rb"(?:\r\n)?([!-~]+) ([!-~]+) (HTTP/[0-9]\.[0-9])\r\n")
+# What stands in it around the target, and more.
+_AROUND_TARGET = 64
 _WITHOUT_BODY = (b"GET", b"HEAD")
 # RFC 3986 section 3.2.2, without user information.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]*)(?::[0-9]*)?")
@@ -35,9 +43,20 @@ _NOT_IN_TRAILER = re.compile(
 )
 
 
-def begins_well(head: bytes) -> bool:
-    """Whether a request that begins with these bytes has a proper first line, or none yet."""
-    return _LINE.match(head) is not None or head.find(b"\r\n", 2) < 0
+def first_line(head: bytes) -> tuple[bytes, bytes, bytes] | None:
+    """Method, target and version in the header's first line; None: it is not proper."""
+    line = _LINE.match(head)
+    return None if line is None else (line[1], line[2], line[3])
+
+
+def problem_so_far(head: bytes) -> ProxyError | None:
+    """What is wrong with a request that begins with these bytes; None: it may yet be good."""
+    end = head.find(b"\r\n", 2)  # of its first line
+    if (end if end >= 0 else len(head)) > MAX_TARGET + _AROUND_TARGET:
+        return too_long()
+    if end >= 0 and first_line(head) is None:
+        return bad_line()
+    return too_large() if len(head) > MAX_HEADER else None
 
 
 def combined(fields: Iterable[tuple[bytes, bytes]]) -> Fields:

@@ -53,10 +53,9 @@ def _reason(error: ValueError) -> str:
     return "it can't be read"
 
 
-#: A string, as a pattern for `re.DOTALL`.
 # First as quickly as `re` goes: a quote behind a single backslash is not the end, and one behind
 # another character is. The second half is for any string: with a quote behind more backslashes.
-STRING = (
+_STRING = (
     rb'"(?:[^"]*+(?:"(?<=[^\\]\\")[^"]*+)*+"(?<!\\")'
     rb'|[^"\\]*+(?:\\.[^"\\]*+)*+")'
 )
@@ -67,24 +66,24 @@ _OTHER = rb'[^"{}\[\]]*+'
 def _balanced(depth: int) -> bytes:
     """A pattern for what can stand between brackets, with up to `depth` levels of its own."""
     deeper = rb"|[{\[]" + _balanced(depth - 1) + rb"[}\]]" if depth else b""
-    return _OTHER + rb"(?:(?:" + STRING + deeper + rb")" + _OTHER + rb")*+"
+    return _OTHER + rb"(?:(?:" + _STRING + deeper + rb")" + _OTHER + rb")*+"
 
 
 _NEXT_BRACKETS = re.compile(
-    _OTHER + rb"(?:" + STRING + _OTHER + rb")*+(?:([{\[]++)|([}\]]++))", re.DOTALL
+    _OTHER + rb"(?:" + _STRING + _OTHER + rb")*+(?:([{\[]++)|([}\]]++))", re.DOTALL
 )
 # One member after the other: key, value, the last one's brace. Real requests have no more than
 # eight levels, and are read without a step in Python for each bracket. Deeper ones are no members
 # here, but a last match without a key.
 _MEMBER = re.compile(
-    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + STRING + rb")" + _SPACE + rb":" + _SPACE
-    + rb"(" + STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + _balanced(8) + rb"[}\]])"
+    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + _STRING + rb")" + _SPACE + rb":" + _SPACE
+    + rb"(" + _STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + _balanced(8) + rb"[}\]])"
     + _SPACE + rb"(?:," + _SPACE + rb"|(\})" + _SPACE + rb"\Z)|.++",
     re.DOTALL,
 )  # fmt: skip
 _OPEN = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*")
-_KEY = re.compile(rb"(" + STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
-_SCALAR = re.compile(STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
+_KEY = re.compile(rb"(" + _STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
+_SCALAR = re.compile(_STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
 _NEXT = re.compile(rb"[ \t\r\n]*(?:,[ \t\r\n]*|(\}))")
 
 
@@ -202,6 +201,10 @@ def replace(
     if found is None:
         found = members(raw)
     text = _sliceable(raw)
+    present = {member.key: text[member.value_start : member.value_end] for member in found}
+    changes = {key: value for key, value in changes.items() if value != present.get(key)}
+    if not changes:
+        return raw
     out: list[bytes | memoryview] = []
     before: Member | None = None  # the member before this one, kept or not
     for member in found:
@@ -210,14 +213,12 @@ def replace(
             comma = text[before.value_end : member.key_start] if out and before else b""
             out += [comma, text[member.key_start : member.value_start], value]
         before = member
-    present = {member.key for member in found}
     for key, value in changes.items():
         if value is not None and key not in present:
             out += [b"," if out else b"", orjson.dumps(key), b":", value]
     head = found[0].key_start if found else _match(_OPEN, raw, 0).end()
     tail = found[-1].value_end if found else head
-    changed = b"".join([text[:head], *out, text[tail:]])
-    return raw if changed == raw else changed
+    return b"".join([text[:head], *out, text[tail:]])
 
 
 def _sliceable(raw: bytes) -> bytes | memoryview:

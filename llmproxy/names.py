@@ -61,16 +61,24 @@ class Resolver:
         running.waiting.append((resolutionReceiver, portNumber, wanted))
         resolutionReceiver.resolutionBegan(running)
         if begins:
-            # No process waits for such a thread at its end.
-            Thread(target=self._look_up, args=(hostName,), daemon=True).start()
+            self._begin(hostName)
         return running
 
+    def _begin(self, name: str) -> None:
+        try:
+            # No process waits for such a thread at its end.
+            Thread(target=self._look_up, args=(name,), daemon=True).start()
+        except RuntimeError:  # there are too many threads on this machine
+            self._reactor.callFromThread(self._found, name, [])
+
     def _look_up(self, name: str) -> None:
+        found: Sequence[Any] = []
         try:
             found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            found = []
-        self._reactor.callFromThread(self._found, name, found)
+            pass  # it stands for nothing
+        finally:
+            self._reactor.callFromThread(self._found, name, found)
 
     def _found(self, name: str, found: Sequence[Any]) -> None:
         for receiver, port, wanted in self._running.pop(name).waiting:

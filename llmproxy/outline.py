@@ -19,21 +19,23 @@ from collections.abc import Iterable
 
 import orjson
 
-from llmproxy.jsonbytes import STRING, InvalidJSON, Member
+from llmproxy.jsonbytes import InvalidJSON, Member
 
 #: A string is cut to so many bytes, or a few less. No name may be longer.
 KEPT = 256
 #: The longest outline, in bytes, and the most values in it, counted as commas and opening brackets:
 #: reading it takes 20 ms. A text of 64 KiB never has more.
 MAX_OUTLINE = 4 * 1024 * 1024
-MAX_VALUES = 64 * 1024
+MAX_VALUES = 50_000
+#: The values are counted each time that the outline has grown by so many bytes.
+COUNT_EACH = 512 * 1024
 
 # Four kinds of text: strings; what rows of numbers are made of, with the space between all tokens;
 # everything else; and of the first two only what is so short that it stays as it is.
 _ROW = rb"[-+.0-9eE, \t\r\n]"
 _SHORT = re.compile(
     rb'(?:[^"+\-.0-9eE, \t\r\n]++'
-    rb'|"[^"\\]{0,128}+(?:\\.[^"\\]{0,24}+){0,4}+"'
+    rb'|"(?:[^"\\]{0,128}+(?:\\.[^"\\]{0,24}+){0,4}+|[^"\\]{0,64}+(?:\\.[^"\\]{0,8}+){0,16}+)"'
     rb"|" + _ROW + rb"{1,64}+(?!" + _ROW + rb"))*+",
     re.DOTALL,
 )  # fmt: skip
@@ -54,7 +56,6 @@ _WHOLE = re.compile(
 )  # fmt: skip
 _HALF_CHARACTER = re.compile(rb"[\xc2-\xf4][\x80-\xbf]{0,2}\Z")
 _HALF_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{0,4}(?:\\(?:u[0-9a-fA-F]{0,3})?+)?+)?+\Z")
-_STRING = re.compile(STRING, re.DOTALL)
 
 
 class Outline:
@@ -94,6 +95,7 @@ class Outliner:
         self._in_string = False
         self._room = 0  # bytes of this string that may still be kept
         self._is_cut = False  # the last string is not there as a whole
+        self._next_count = COUNT_EACH
         self._places = array("Q", [0])
         self._places_before = array("Q", [0])
 
@@ -109,17 +111,20 @@ class Outliner:
         taken = self._take(whole)
         self._before += taken
         self._rest = block[taken:]
-        if len(self._text) > MAX_OUTLINE:
-            raise _too_complex()
+        if len(self._text) > self._next_count:
+            self._next_count += COUNT_EACH
+            self._refuse_too_much()
 
     def finish(self) -> Outline:
         """The outline of what was fed, which has still to be read. Raises InvalidJSON."""
         if self._in_string or self._rest:
             raise InvalidJSON("not valid JSON: it ends too early")
-        text = bytes(self._text)
-        if _values(text) > MAX_VALUES:
-            raise _too_complex()
-        return Outline(text, self._places, self._places_before)
+        self._refuse_too_much()
+        return Outline(bytes(self._text), self._places, self._places_before)
+
+    def _refuse_too_much(self) -> None:
+        if len(self._text) > MAX_OUTLINE or _has_too_many_values(bytes(self._text)):
+            raise InvalidJSON("too complex: it has too many values")
 
     def _take(self, block: bytes) -> int:
         """Look at a block; how much of it could be understood without the next one."""
@@ -213,17 +218,15 @@ def _is_row(text: bytes) -> bool:
         return False
 
 
-def _values(text: bytes) -> int:
-    """How many values there are in a JSON text, or a few more."""
-    marks = b",[{"
-    if _count(text, marks) > MAX_VALUES:
-        text = _STRING.sub(b"", text)
-    return _count(text, marks)
+def _has_too_many_values(text: bytes) -> bool:
+    if _marks(text) <= MAX_VALUES:
+        return False
+    # Many marks may be in strings, and of those there are no more than two for each value.
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 4 * (MAX_VALUES + 1):
+        return True
+    return _marks(b"".join(plain.split(b'"')[::2])) > MAX_VALUES
 
 
-def _count(text: bytes, marks: bytes) -> int:
-    return sum(text.count(mark) for mark in marks)
-
-
-def _too_complex() -> InvalidJSON:
-    return InvalidJSON("too complex: it has too many values")
+def _marks(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")

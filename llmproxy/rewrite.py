@@ -88,7 +88,8 @@ def plan(endpoint: Endpoint, raw: bytes, outline: Outline | None = None) -> JSON
     stream = _stream(endpoint, body)
     options = _stream_options(raw, body, found)
     show_usage = options.get("include_usage") is True
-    if endpoint.shape is _RESPONSES and body.get("background") not in (None, False):
+    background = body.get("background")
+    if endpoint.shape is _RESPONSES and background is not None and background is not False:
         raise BadRequest("'background' is not supported here.", param="background")
     return JSONRequest(
         raw,

@@ -13,6 +13,8 @@ from typing import NamedTuple
 #: A longer event is passed on in pieces and not looked into. The longest real ones are the last
 #: events of the responses dialect, which repeat the whole request and answer.
 MAX_EVENT = 4 * 1024 * 1024
+#: So is one of more lines (CRLF counts twice): to look at each of a million takes 200 ms.
+MAX_LINES = 64 * 1024
 
 _BOM = b"\xef\xbb\xbf"
 # A line's end with an empty line after it. Atomic, so that CRLF is never read as two line ends.
@@ -43,8 +45,9 @@ class Decoder:
 
     An event that ends in CR at the end of what came is kept until the next byte shows whether
     this CR is the first half of a CRLF; so the events don't depend on how the stream was cut.
-    `oversized`: how many events were longer than `max_event` bytes; they come as pieces without
-    data. `idle`: all that came was whole events, one at least; what comes now begins one.
+    `oversized`: how many events were longer than `max_event` bytes, or had too many lines; they
+    come as pieces without data. `idle`: all that came was whole events, one at least; what comes
+    now begins one.
     """
 
     def __init__(self, max_event: int = MAX_EVENT) -> None:
@@ -140,6 +143,9 @@ class Decoder:
             return Event(raw, b"", b"", -1)
         if not self._cr and raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2:
             return Event(raw, b"", raw[6:-2], 6)
+        if len(raw) > MAX_LINES and raw.count(b"\n") + raw.count(b"\r") > MAX_LINES:
+            self.oversized += 1
+            return Event(raw, b"", b"", -1)
         return _parse(raw, len(_BOM) if fresh and raw.startswith(_BOM) else 0)
 
 

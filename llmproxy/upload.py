@@ -91,22 +91,18 @@ class Upload:
         `look` gets it in blocks as it comes, unless it is smaller than one.
         """
         self.refuse_over(limit)
-        blocks: list[bytes] = []
-        block = bytearray()  # parts of a few bytes each would take many times their size
-        size = 0
+        body = bytearray()  # parts of a few bytes each would take many times their size
+        looked = 0
         while (chunk := await self.next(timeout_s)) is not None:
-            size += len(chunk)
-            if size > limit:
+            body += chunk
+            if len(body) > limit:
                 raise too_large(limit)
-            block += chunk
-            if len(block) >= BLOCK:
-                blocks.append(bytes(block))
-                block.clear()
-                look(blocks[-1])
-        blocks.append(bytes(block))
-        if size >= BLOCK:
-            look(blocks[-1])
-        return b"".join(blocks)
+            if len(body) - looked >= BLOCK:
+                look(bytes(memoryview(body)[looked:]))
+                looked = len(body)
+        if looked:
+            look(bytes(memoryview(body)[looked:]))
+        return bytes(body)
 
     def refuse_over(self, limit: int) -> None:
         """Raises BodyTooLarge if the announced length is over `limit`, before a byte is read."""

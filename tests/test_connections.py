@@ -10,6 +10,7 @@ import pytest
 from llmproxy.connections import (
     ADDRESS,
     IDLE,
+    MOST,
     RESERVE,
     TOTAL,
     Connections,
@@ -47,6 +48,8 @@ def status(refusal: ProxyError | None) -> int | None:
     [
         (20_128, 0, 0, (10_000, 7_500)),
         (1024, 0, 0, (448, 336)),
+        (2**20, 0, 0, (MOST, MOST * 3 // 4)),
+        (2**20, 100_000, 0, (100_000, 75_000)),
         (1024, 800, 0, (800, 600)),  # most of them idle, the operator thinks
         (1024, 2000, 0, (896, 672)),
         (1024, 100, 100, (100, 100)),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from llmproxy.errors import BadRequest, ExpectationFailed, TargetTooLong
-from llmproxy.framing import MAX_TARGET, Fields, begins_well, check, combined, may_trail
+from llmproxy.framing import (
+    MAX_HEADER,
+    MAX_TARGET,
+    Fields,
+    check,
+    combined,
+    first_line,
+    may_trail,
+    problem_so_far,
+)
 
 HOST = (b"Host", b"proxy")
 PLAIN = [b"proxy", b"proxy:8080", b"127.0.0.1:1", b"[::1]:8080", b"a_b-c.d~e", b"%41", b""]
@@ -98,7 +107,7 @@ def test_there_is_one_expectation() -> None:
     "head", [b"", b"\r", b"\r\n", b"GE", b"\r\nGET / HTTP/1.1", b"GET / HTTP/1.1\r"]
 )
 def test_a_first_line_may_yet_come(head: bytes) -> None:
-    assert begins_well(head)
+    assert problem_so_far(head) is None
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,23 @@ def test_a_first_line_may_yet_come(head: bytes) -> None:
     ],
 )
 def test_a_first_line_has_three_words_and_single_spaces(line: bytes, good: bool) -> None:
-    assert begins_well(line + b"\r\nHost: a\r\n\r\n") is good
+    head = line + b"\r\nHost: a\r\n\r\n"
+    assert first_line(head) == ((b"GET", b"/", b"HTTP/1.1") if good else None)
+    assert (problem_so_far(line + b"\r\n") is None) is good
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"x" * MAX_TARGET, None),
+        (b"GET /" + b"x" * (MAX_TARGET + 100), 414),
+        (b"GET / HTTP/1.1\r\nX: " + b"y" * (MAX_HEADER - 100), None),
+        (b"GET / HTTP/1.1\r\nX: " + b"y" * MAX_HEADER, 431),
+    ],
+)
+def test_a_header_has_its_limits_before_it_is_whole(head: bytes, status: int | None) -> None:
+    problem = problem_so_far(head)
+    assert (problem and problem.status) == status
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])

@@ -86,3 +86,17 @@ async def test_a_name_that_is_not_found_stands_for_nothing(
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     assert await look_up(Resolver(reactor), "no.test", 1) == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_name_is_not_found_where_no_thread_can_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver = Resolver(reactor)
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", start)
+        assert await look_up(resolver, "127.0.0.1", 1) == []
+    assert await look_up(resolver, "127.0.0.1", 1) == [IPv4Address("TCP", "127.0.0.1", 1)]

@@ -98,7 +98,7 @@ def test_a_body_that_can_be_read_in_two_ways_or_none_is_refused(text, param):
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("value", ["true", "1", '"true"', "[]", "{}"])
+@pytest.mark.parametrize("value", ["true", "1", "0", "0.0", '"true"', "[]", "{}"])
 def test_background_responses_are_refused(value):
     with pytest.raises(BadRequest) as caught:
         read('{"model":"m","background":' + value + "}", RESPONSES)
@@ -238,6 +238,12 @@ def full(text: str) -> str:
         '{"prompt":["TEXT","TEXT"],"n":3,"model":"m","best_of":2}',
         '{"model":"m","store":GAP1,"stream":true,"n":1GAP}',
         '{"store":"TEXT","background":false,"model":"\\u006d\\ud83d\\ude00NAME"}',
+        '{"model":"m","messages":[{"content":[{"image_url":{"url":"https://TEXT"}}]}]}',
+        '{"model":"m","messages":[{"content":[{"image_url":{"url":"data:TEXT"}}]}]}',
+        '{"model":"m","n":500,"prompt":["a","TEXT","b"]}',
+        '{"model":"m","n":500,"prompt":[[ROW],[ROW],[ROW]]}',
+        '{"model":"m","n":500,"prompt":[ROW]}',
+        '{"model":"m","fallbacks":"TEXT"}',
         'GAP{"messages":[{"content":"TEXT"},{"content":null}],"model":"m"}\n',
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmproxy.sse import Decoder, Event
+from llmproxy.sse import MAX_LINES, Decoder, Event
 
 STREAMS = sorted((Path(__file__).parent / "streams").glob("*.sse"))
 
@@ -135,6 +135,19 @@ def test_an_event_over_the_limit_passes_unread_in_pieces(end, step):
 def test_an_event_at_the_limit_is_read():
     stream = b"data: " + b"x" * 92 + b"\n\n"
     assert one_by_one(stream, max_event=100)[0].data == b"x" * 92
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r"])
+def test_an_event_of_too_many_lines_passes_unread(end):
+    many, one = b"data: a" + end, b"data: b" + end + end
+    for count, found in ((MAX_LINES - 1, 2), (MAX_LINES, 1)):
+        stream = many * count + end + one
+        decoder = Decoder()
+        events = [*decoder.feed(stream + b"x"), decoder.end()]
+        assert b"".join(event.raw for event in events if event) == stream + b"x"
+        assert [event.data[-1:] for event in events if event and event.data][-1] == b"b"
+        assert sum(bool(event.data) for event in events if event) == found
+        assert decoder.oversized == 2 - found
 
 
 def test_an_event_over_the_limit_is_not_held_in_memory():

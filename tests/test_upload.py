@@ -9,7 +9,7 @@ from deferreds import failure_of, is_waiting, result_of, started
 from twisted.internet.task import Clock
 
 from llmproxy.errors import BodyTooLarge, RequestTimeout
-from llmproxy.upload import BLOCK, HIGH_WATER, ClientGone, Upload
+from llmproxy.upload import BLOCK, BODY_S, HIGH_WATER, MIN_RATE, ClientGone, Upload
 
 
 class Flow:
@@ -206,3 +206,22 @@ def test_a_body_in_tiny_parts_takes_no_more_memory_than_it_is_long(flow):
         tracemalloc.stop()
     assert len(result_of(reading)) == len(body)
     assert peak < 2.5 * len(body) + BLOCK
+
+
+@pytest.mark.parametrize("part", [1, 500, MIN_RATE])
+def test_a_body_has_the_time_that_its_size_takes_however_it_comes(flow, clock, part):
+    """Never silent for long: `part` bytes each second."""
+    reading = started(flow.upload.read(1_000_000, 5))
+    seconds = 0
+    while is_waiting(reading) and seconds < 600:
+        clock.advance(1)
+        seconds += 1
+        flow.upload.received(bytes(part))
+    if part == MIN_RATE:
+        assert seconds == 600
+        flow.upload.ended()
+        assert len(result_of(reading)) == 600 * part
+    else:
+        failure_of(reading, RequestTimeout)
+        allowed = BODY_S / (1 - part / MIN_RATE)
+        assert allowed <= seconds <= allowed + 2

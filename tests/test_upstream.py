@@ -239,12 +239,14 @@ def certificates(tmp_path: Path) -> Certificates:
     return Certificates(tmp_path)
 
 
-async def ask(url: str, timeout_connect: float = 2.0, **settings: Any) -> bytes:
+async def ask(
+    url: str, timeout_connect: float = 2.0, data: bytes = b"{}", **settings: Any
+) -> bytes:
     """One request over a real connection; the answer's body."""
     backend = Backend(**{"name": "m", "url": url, "device": "gpu", **settings})
     up = connect(backend, reactor, timeout_connect)
     try:
-        response = await up.send("/p", Headers(), BytesBody(b"{}"))
+        response = await up.send("/p", Headers(), BytesBody(data))
         body: bytes = await content(response)
         return body
     except Exception as failure:
@@ -271,6 +273,16 @@ async def test_a_certificate_of_the_ca_file_is_good(certificates):
     ca_file, tls = certificates.make("127.0.0.1")
     async with ScriptedBackend([ANSWER], tls=tls) as backend:
         assert await ask(backend.url, ca=ca_file.read_text()) == b"{}"
+
+
+@pytest.mark.parametrize("with_tls", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_large_body_arrives_as_it_is(certificates, with_tls):
+    ca_file, tls = certificates.make("127.0.0.1")
+    data = bytes(range(256)) * 12_345
+    async with ScriptedBackend([ANSWER], tls=tls if with_tls else None) as backend:
+        assert await ask(backend.url, ca=ca_file.read_text(), data=data) == b"{}"
+        assert backend.requests[0].body == data
 
 
 @pytest_twisted.ensureDeferred
@@ -370,12 +382,26 @@ async def test_cancelling_a_request_closes_its_connection():
         up.close()
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 @pytest_twisted.ensureDeferred
-async def test_connections_are_used_again():
-    async with ScriptedBackend([ANSWER]) as backend:
-        settings = Backend(name="m", url=backend.url, device="gpu")
+async def test_connections_are_used_again(certificates, secure):
+    ca_file, tls = certificates.make("127.0.0.1")
+    async with ScriptedBackend([ANSWER], tls=tls if secure else None) as backend:
+        settings = Backend(name="m", url=backend.url, device="gpu", ca=ca_file.read_text())
         up = connect(settings, reactor, 2.0)
         for _ in range(3):
             await content(await up.send("/p", Headers(), BytesBody(b"{}")))
         assert len(backend.connections) == 1
+        up.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_on_which_something_has_come_is_not_used_though_it_was_not_read_yet():
+    async with ScriptedBackend([ANSWER]) as backend:
+        up = connect(Backend(name="m", url=backend.url, device="gpu"), reactor, 2.0)
+        await content(await up.send("/p", Headers(), BytesBody(b"{}")))
+        backend.connections[0].write(ANSWER)
+        sending = up.send("/p", Headers(), BytesBody(b"{}"))  # the reactor has not turned
+        await content(await sending)
+        assert [len(each.requests) for each in backend.connections] == [1, 1]
         up.close()

@@ -121,6 +121,7 @@ def test_all_workers_serve_on_one_port_and_their_metrics_add_up(rig: Rig) -> Non
             shown = metrics(rig)
             assert shown["llmproxy_ledger_rows_total[('state', 'open')]"] == rows
             assert shown["llmproxy_workers[]"] == WORKERS
+            assert shown["llmproxy_loop_lag_seconds_count[]"] > 0
             assert shown[f"llmproxy_backend_up[('model', 'm'), ('server', '{url}')]"] == 1
             assert serving(rig) == "2 of 2"
             # Each backend is asked by one process for all: at start, and not again so soon.

@@ -432,6 +432,14 @@ def large_bodies(size: int) -> Iterator[tuple[str, str]]:
     yield "a string", filled(begin + '"', "x", '"}', size)
     yield "a string with one wide character", filled(begin + '"', "x", '😀"}', size)
     yield "escapes", filled(begin + '"', "\\u0041", '"}', size)
+    for name, unit in (
+        *(("numbers", "1,"), ("fractions", "0.1,"), ("words", '"aa",'), ("objects", "{},")),
+        *(("lists", "[],"), ("lists in lists", "[[[[]]]],"), ("pairs", '{"a":1},')),
+    ):
+        yield name, filled(begin + "[", unit, "1]}", size)
+    turns = '{"model":"m","messages":['
+    yield "turns", filled(turns, '{"role":"user","content":"x"},', "{}]}", size)
+    yield "names", begin + "{" + ",".join(f'"{n:06x}":1' for n in range(size // 11)) + "}}"
     yield "depth", filled(begin, "[", "", size)
     yield "closed depth", begin + "[" * (size // 2) + "]" * (size // 2) + "}"
 

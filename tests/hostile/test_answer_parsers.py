@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import orjson
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tally import LONG, Tally
@@ -18,6 +19,8 @@ from llmproxy.errors import BackendError
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import MAX_COUNT, Reading
 from llmproxy.usage import MAX_RAW, raw_fragment, read_usage
+
+pytestmark = pytest.mark.timeout(900 if LONG else 120)
 
 EXAMPLES = settings(max_examples=5000 if LONG else 200, deadline=None)
 CUTS = st.lists(st.integers(0, 3000), max_size=6) | st.just(list(range(3000)))

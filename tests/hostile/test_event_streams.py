@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_twisted
 from backend import DONE, SSE, ScriptedBackend, Seen, raw_answer, sse_event
 from hypothesis import given, settings
@@ -23,6 +24,8 @@ from tally import LONG, Tally
 from llmproxy.endpoints import Shape
 from llmproxy.meter import StreamMeter
 from llmproxy.sse import Decoder
+
+pytestmark = pytest.mark.timeout(900 if LONG else 120)
 
 Events = list[tuple[bytes, bytes]]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+import pytest
 import pytest_twisted
 from backend import Close, ScriptedBackend, Seen, json_answer
 from proxy import ProxyHandle, running_proxy
@@ -22,6 +23,8 @@ from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
+
+pytestmark = pytest.mark.timeout(900 if LONG else 120)
 
 WHOLE, CLOSED, BROKEN = ResponseDone, PotentialDataLoss, ResponseFailed
 

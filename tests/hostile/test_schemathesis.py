@@ -69,7 +69,10 @@ async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
 def narrowed(description: dict[str, Any]) -> dict[str, Any]:
     """Models are those that are served: else nearly all requests would end with their model."""
     narrow = copy.deepcopy(description)
-    narrow["components"]["schemas"]["ModelName"] = {"enum": list(SAMPLE_BACKENDS)}
+    schemas = narrow["components"]["schemas"]
+    schemas["ModelName"] = {"enum": list(SAMPLE_BACKENDS)}
+    # schemathesis 4.32 can't look for fields by a pattern where one of them is a file.
+    del schemas["AudioForm"]["patternProperties"]
     return narrow
 
 

@@ -412,7 +412,7 @@ LIMITS = {
     "large fields": (request(LENGTH, *[b"X: " + b"y" * 4096] * 8, body=BODY), 431),
     "a large field without an end": (LINE + b"\r\nX: " + b"y" * (MAX_HEADER + 1), 431),
     "target": (GOOD.replace(CHAT.encode(), CHAT.encode() + b"?" + b"x" * MAX_TARGET, 1), 414),
-    "a target without an end": (b"GET /" + b"x" * (MAX_TARGET + 1), 414),
+    "a target without an end": (b"GET /" + b"x" * (MAX_TARGET + 100), 414),
     "the length of a body": (sized(b"1001").replace(BODY, bytes(1001)), 413),
     "a body without a length": (chunked(b"3e9\r\n" + bytes(1001) + b"\r\n0\r\n\r\n"), 413),
     "a length past 2 to the 63rd": (sized(b"9223372036854775808"), 413),
@@ -587,6 +587,19 @@ async def test_a_wrong_key_in_between_is_answered_in_its_turn(tmp_path: Path) ->
         assert proxy.rows("api_key") == [("id-token2",), ("id-token3",)]
         assert len(backend.requests) == 2
         await client.close()
+
+
+@only_ours
+def test_a_body_of_empty_lines_is_a_body_and_the_connection_goes_on(clock: Clock) -> None:
+    text = b"\r\n\r\n" * 10 * MAX_BLANK_LINES
+    server = Server(clock, Kept(lambda request: request.answer(200, [], b"ok")))
+    for _ in range(3):
+        server.send(
+            plain_request(b"/", b"", CHUNKED) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(text), text)
+        )
+    server.send(plain_request(b"/"))
+    assert statuses(server.sent) == [200] * 4
+    server.leave()
 
 
 @only_ours

@@ -34,6 +34,7 @@ from backend import (
     sse_event,
 )
 from load import Load
+from ports import free_port
 from proxy import ProxyHandle, request_bytes, running_proxy
 from rig import Rig
 from server_process import get_status
@@ -73,13 +74,14 @@ DEEDS: dict[str, tuple[list[Any], int]] = {
     "a broken header": ([f"HTTP/1.1 200 {TOKEN}\r\n{TOKEN}\r\n\r\n".encode(), Pause(0)], 502),
     "a field of its own": ([json_answer(200, {"usage": USAGE}, {"X-Echo": BEARER})], 200),
     "a reset": ([Reset()], 502),
-    "silence": ([Stall()], 504),
 }
 
 
 def script(seen: Seen) -> list[Any]:
     if seen.target == AUDIO:
         return [json_answer(200, {"text": "hello", "duration": 1.5})]
+    if seen.json()["model"] == "silent":
+        return [Stall()]
     return DEEDS[seen.json()["messages"][0]["content"]][0]
 
 
@@ -87,11 +89,13 @@ def ask(text: str) -> dict[str, Any]:
     return {"model": "m", "messages": [{"role": "user", "content": text}]}
 
 
-def backends(url: str, **more: Any) -> dict[str, dict[str, Any]]:
-    served = {"token": TOKEN, "timeout": 0.3, **more}
-    gone, tls = "http://127.0.0.1:1", url.replace("http:", "https:")
-    return {"m": {"url": url, **served}, "gone": {"url": gone, **served}} | {
-        "tls": {"url": tls, **served}
+def backends(url: str) -> dict[str, dict[str, Any]]:
+    soon = {"token": TOKEN, "timeout": 0.1}
+    return {
+        "m": {"url": url, "token": TOKEN},
+        "gone": {"url": f"http://127.0.0.1:{free_port()}", "token": TOKEN},
+        "silent": {"url": url, **soon},
+        "tls": {"url": url.replace("http:", "https:"), **soon},
     }
 
 
@@ -125,14 +129,14 @@ async def test_it_is_in_no_answer_log_metric_or_file(
                 answer = await proxy.post(CHAT, ask(text))
                 assert answer.status == status, text
                 assert not has_token(answer.raw), text
-            for model, status in (("gone", 502), ("tls", 504), ("none", 404)):
+            for model, status in (("gone", 502), ("tls", 502), ("silent", 504), ("none", 404)):
                 answer = await proxy.post(CHAT, {**ask("good"), "model": model})
                 assert answer.status == status
                 assert not has_token(answer.raw)
             assert not has_token((await proxy.get("/v1/models")).raw)
             assert not has_token(await admin_pages(proxy))
             rows = [raw for (raw,) in proxy.rows("raw")]
-            assert len(rows) == len(DEEDS) + 2
+            assert len(rows) == len(DEEDS) + 3
         assert all(seen.header("authorization") == f"Bearer {TOKEN}" for seen in backend.requests)
     assert len(written().splitlines()) > 2 * len(DEEDS)
     assert not has_token(written())
@@ -191,7 +195,7 @@ async def test_it_is_in_no_repr_of_an_object_that_is_alive(tmp_path: Path) -> No
     end = chunk(sse_event({"choices": [], "usage": USAGE})) + chunk(DONE) + LAST_CHUNK
     streams: list[Any] = [head(200, CHUNKED), chunk(text), Wait(gate), end]
     async with ScriptedBackend([json_answer(200, {"usage": USAGE})], streams) as backend:
-        async with running_proxy(tmp_path, backends(backend.url, timeout=30.0)) as proxy:
+        async with running_proxy(tmp_path, backends(backend.url)) as proxy:
             await proxy.post(CHAT, ask("good"))
             client = await proxy.open()
             body = orjson.dumps({**ask("good"), "stream": True})
@@ -252,7 +256,7 @@ def test_it_is_in_nothing_that_a_process_shows(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text(f"{TOKEN}\n")
     with rig.backend() as url:
-        urls = (url, url, "http://127.0.0.1:1")
+        urls = (url, url, f"http://127.0.0.1:{free_port()}")
         text = rig.configuration(*urls, models=("m", "of_file", "gone"))
         text = text.replace('device = "gpu"', f'device = "gpu"\ntoken = {json.dumps(TOKEN)}')
         of_file = f'[backends.of_file]\nurl = "{url}"\ndevice = "gpu"\n'

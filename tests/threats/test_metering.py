@@ -22,6 +22,7 @@ from backend import (
     LAST_CHUNK,
     SSE,
     Close,
+    Flood,
     Pause,
     Reset,
     ScriptedBackend,
@@ -454,6 +455,45 @@ async def test_an_answer_that_breaks_off_never_looks_whole_and_has_its_row(tmp_p
             assert DONE not in answer.body, case.name
             *_, last, rest = answer.body.split(b"\n\n")
             assert (b'"error"' in last, rest) == (True, b""), (case.name, answer.body)
+
+
+def endless(begin: bytes, piece: bytes) -> list[Any]:
+    """A stream with an event that does not end."""
+    return [OPEN, chunk(BEGUN), chunk(begin), Flood(chunk(piece), 100_000)]
+
+
+LONG_LINE = b"x" * 8000
+ENDLESS = {
+    "a line": endless(b"data: ", LONG_LINE),
+    "a field": endless(b"x", LONG_LINE),
+    "a comment": endless(b": ", LONG_LINE),
+    "lines": endless(b": x\n", b"data: x\n" * 1000),
+    "short lines": endless(b"x", b"\rx" * 4000),
+    "chunk extensions": [OPEN, chunk(BEGUN), b"1;a=", Flood(LONG_LINE, 100_000)],
+    "trailers": [OPEN, chunk(BEGUN), b"0\r\n", Flood(b"X: " + LONG_LINE + b"\r\n", 100_000)],
+}
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_does_not_end_is_cut_off_soon(tmp_path: Path) -> None:
+    cases = [Case(name, CHAT, True, steps, CUT, whole=False) for name, steps in ENDLESS.items()]
+    scripts = [case.steps for case in cases]
+    async with ScriptedBackend(*scripts) as backend, proxy_for(tmp_path, backend) as proxy:
+        for case in cases:
+            await one(proxy, case)
+            link = backend.requests[-1].connection
+            await link.when_closed()
+            assert link.sent < 24 * 1024 * 1024, case.name  # of it 4 MiB were read
+        assert proxy.rows() == [CUT] * len(cases)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_line_of_a_mebibyte_passes_as_it_came(tmp_path: Path) -> None:
+    long = sse_event(text("y" * 1024 * 1024)).replace(b"\n", b"\r\n")
+    stream = long + sse_event(final(5, 7)) + DONE
+    steps = [head(200, CHUNKED), *map(chunk, (stream[:7], stream[7:-9], stream[-9:])), LAST_CHUNK]
+    [answer] = await run(tmp_path, [Case("a line", CHAT, True, steps, SETTLED)])
+    assert answer.body == long + DONE
 
 
 # --- odd answers --------------------------------------------------------------------------------

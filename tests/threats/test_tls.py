@@ -188,6 +188,16 @@ def test_an_ssl_endpoint_that_makes_no_sense_is_refused(text):
         without_tls(f"{text}:nonsense=1")
 
 
+@pytest_twisted.ensureDeferred
+async def test_an_openssl_without_the_newest_group_does_without_it(
+    tmp_path, authority, monkeypatch
+):
+    monkeypatch.setattr(server_tls, "GROUPS", b"unheardof:prime256v1")
+    async with tls_proxy(tmp_path, server(authority)) as proxy:
+        _, line = await deferToThread(once, proxy.port, trusting(authority))
+    assert line == b"HTTP/1.1 200 OK"
+
+
 # --- certificates that can't be used -------------------------------------------------------------
 
 

@@ -1,0 +1,97 @@
+"""A large answer that is no stream: read by its outline, so that nobody waits, and not changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import pytest_twisted
+from backend import JSON, ScriptedBackend, raw_answer
+from proxy import request_bytes, running_proxy
+from speech import CHAT, EMBEDDINGS, Speech
+
+from llmproxy import forward
+from llmproxy.jsonbytes import parse_object
+from llmproxy.outline import MAX_OUTLINE, MAX_VALUES
+
+MIB = 1024 * 1024
+USED = {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+ROW = [n / 7 for n in range(1000)]
+
+
+def of_vectors() -> dict[str, Any]:
+    return {"data": [{"index": n, "embedding": ROW} for n in range(150)], **USED}
+
+
+def of_text() -> dict[str, Any]:
+    text = '"usage":{"prompt_tokens":9}\\u00e9\u2028' * 50_000
+    return {**USED, "choices": [{"index": 0, "message": {"content": text}}]}
+
+
+def of_values(count: int) -> dict[str, Any]:
+    return {"choices": [{"logprobs": [{"token": "x"}] * count}], **USED}
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes were parsed in one go, each time."""
+    sizes: list[int] = []
+
+    def counting(body: bytes) -> dict[str, Any]:
+        sizes.append(len(body))
+        return parse_object(body)
+
+    monkeypatch.setattr("llmproxy.meter.parse_object", counting)
+    return sizes
+
+
+async def bodies(folder: Path, speech: Speech, body: bytes) -> tuple[Any, ...]:
+    """The row of an answer, which must have passed as it was."""
+    async with ScriptedBackend([raw_answer(200, body, JSON)]) as backend:
+        async with running_proxy(folder, {"m": {"url": backend.url}}) as proxy:
+            ask = speech.request("m", "hi", stream=False)
+            answer = await proxy.send(request_bytes("POST", speech.path, ask))
+            assert (answer.status, answer.body == body) == (200, True)
+            [row] = proxy.rows("state, coalesce(prompt, embedding), completion")
+            return row
+
+
+@pytest.mark.parametrize(
+    ("speech", "answer", "row"),
+    [
+        (EMBEDDINGS, of_vectors(), ("settled", 3, None)),
+        (CHAT, of_text(), ("settled", 3, 2)),
+        (CHAT, {**of_text(), "usage": {"prompt_tokens": -1}}, ("disputed", None, None)),
+        (CHAT, {**of_text(), "usage": None}, ("disputed", None, None)),
+    ],
+    ids=["vectors", "text", "absurd usage", "no usage"],
+)
+@pytest_twisted.ensureDeferred
+async def test_of_a_large_answer_only_the_outline_is_parsed(
+    tmp_path: Path, parsed: list[int], speech: Speech, answer: dict[str, Any], row: tuple[Any, ...]
+) -> None:
+    body = orjson.dumps(answer)
+    assert len(body) > forward.LARGE
+    assert await bodies(tmp_path, speech, body) == row
+    assert len(parsed) == 1
+    assert parsed[0] < len(body) / 4 < MAX_OUTLINE
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_answer_of_many_values_is_parsed_whole_up_to_a_bound(
+    tmp_path: Path, parsed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = orjson.dumps(of_values(2 * MAX_VALUES))
+    assert await bodies(tmp_path, CHAT, body) == ("settled", 3, 2)
+    monkeypatch.setattr(forward, "MAX_IN_ONE_GO", len(body) - 1)
+    (tmp_path / "other").mkdir()
+    assert await bodies(tmp_path / "other", CHAT, body) == ("disputed", None, None)
+    assert parsed == [len(body), len(body) - 1]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_large_answer_that_is_no_json_is_disputed(tmp_path: Path) -> None:
+    body = orjson.dumps(of_text())[:-1]
+    assert await bodies(tmp_path, CHAT, body) == ("disputed", None, None)
