@@ -42,7 +42,7 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 OTHER = "other"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-MODELS_PATH = "/v1/models"
+MODELS_PATH, USAGE_PATH = "/v1/models", "/v1/usage"
 #: What is not counted by workers, but by the one who speaks for all.
 OF_THE_WHOLE = frozenset(
     {
@@ -51,7 +51,7 @@ OF_THE_WHOLE = frozenset(
         "llmproxy_certificate_expiry_seconds",
     }
 )
-PATHS = frozenset({*ENDPOINTS, MODELS_PATH})
+PATHS = frozenset({*ENDPOINTS, MODELS_PATH, USAGE_PATH})
 #: What can go wrong with a backend: no connection, no answer in time, and the outcomes.
 ERROR_TYPES = frozenset({"connect", "timeout", "refused", "truncated", "stalled", "backend_failed"})
 

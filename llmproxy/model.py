@@ -119,6 +119,16 @@ class Settlement(NamedTuple):
     raw: str | None = None
 
 
+class Used(NamedTuple):
+    """What one key has used of a model on one day (`YYYY-MM-DD`, UTC), at one price."""
+
+    day: str
+    model: str
+    requests: int
+    counts: Counts
+    price: Price | None
+
+
 class Attempt(NamedTuple):
     """One server's part in a request, of a model that has several; `number` counts from 1."""
 

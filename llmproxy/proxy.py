@@ -190,7 +190,7 @@ class Proxy(logs.LoggingService):
             self._admin_sites.append(site)
             self.admin_ports.append(await self._open(text, site))
         self._site = public = Site(
-            make_root(services, int(time.time())),
+            make_root(services, int(time.time()), self.stores.usage),
             self._timeouts,
             metrics=self.metrics,
             monotonic=time.monotonic,

@@ -3,12 +3,12 @@
 / -> v1 -> chat -> completions          ExchangeResource
            messages -> count_tokens     ExchangeResource
            models -> {id}               ModelsResource
+           usage                        UsageResource
            ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import cast
 from urllib.parse import unquote_to_bytes
 
@@ -17,16 +17,27 @@ from twisted.logger import Logger
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import NOT_DONE_YET
 
+from llmproxy import usage_report
 from llmproxy.config import Backend
 from llmproxy.dialects import error_answer
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import ENDPOINTS, Dialect, Endpoint
-from llmproxy.errors import MethodNotAllowed, ModelNotFound, NotFound, ProxyError
+from llmproxy.errors import (
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    ProxyError,
+    StorageError,
+    Unavailable,
+)
 from llmproxy.exchange import Exchange, Services, key_sent
+from llmproxy.model import Account, utcnow
 from llmproxy.site import Request
+from llmproxy.storage import IUsage
 from llmproxy.story import begin
 
 MODELS = b"/v1/models"
+USAGE = b"/v1/usage"
 ALLOWED_HEADERS = (
     b"Authorization, Content-Type, X-Api-Key, Anthropic-Version, Anthropic-Beta, X-Request-ID,"
     b" X-Stainless-Arch, X-Stainless-Lang, X-Stainless-OS, X-Stainless-Package-Version,"
@@ -96,19 +107,21 @@ class ExchangeResource(PathResource):
         begin(Exchange(self._endpoint, request, self._services).run())
 
 
-class ModelsResource(PathResource):
-    """`GET /v1/models` and `GET /v1/models/{id}`: the backends, for a valid key."""
+class KeyedResource(PathResource):
+    """What a valid key can ask of ourselves, and gets as JSON."""
 
     methods = (b"GET", b"HEAD")
-    isLeaf = True
 
-    def __init__(self, services: Services, started: int) -> None:
+    def __init__(self, services: Services) -> None:
         super().__init__()
         self._services = services
-        self._started = started
+
+    async def body(self, request: Request, account: Account) -> bytes:
+        """The answer's. Raises ProxyError."""
+        raise NotImplementedError
 
     def answer(self, request: Request) -> None:
-        """List the models, or describe one."""
+        """Look the key up, and tell it `body`."""
         begin(self._answer(request))
 
     async def _answer(self, request: Request) -> None:
@@ -116,7 +129,7 @@ class ModelsResource(PathResource):
         try:
             key = key_sent(request, Dialect.ANTHROPIC)
             account = await self._services.authenticator.authenticate(key, request.peer)
-            body = self._described(request.path, account.models)
+            body = await self.body(request, account)
         except ProxyError as error:
             request.log_refusal(error)
             down.answer(*error_answer(self.dialect, error))
@@ -128,7 +141,19 @@ class ModelsResource(PathResource):
         else:
             down.answer(200, [(b"Content-Type", b"application/json")], body)
 
-    def _described(self, path: bytes, allowed: Collection[str] | None) -> bytes:
+
+class ModelsResource(KeyedResource):
+    """`GET /v1/models` and `GET /v1/models/{id}`: the backends."""
+
+    isLeaf = True
+
+    def __init__(self, services: Services, started: int) -> None:
+        super().__init__(services)
+        self._started = started
+
+    async def body(self, request: Request, account: Account) -> bytes:
+        """The list of models, or one."""
+        path, allowed = request.path, account.models
         backends = self._services.backends
         if path == MODELS:
             listed = [self._model(*each) for each in backends.listed(allowed)]
@@ -150,12 +175,36 @@ class ModelsResource(PathResource):
         }
 
 
-def make_root(services: Services, started: int) -> IResource:
-    """The tree. `started`: Unix time, shown as the models' `created`."""
+class UsageResource(KeyedResource):
+    """`GET /v1/usage`: what the key itself has used."""
+
+    is_fixed = True
+
+    def __init__(self, services: Services, usage: IUsage) -> None:
+        super().__init__(services)
+        self._usage = usage
+
+    async def body(self, request: Request, account: Account) -> bytes:
+        """Its use by day and model."""
+        query = request.uri.partition(b"?")[2]
+        since, until = usage_report.period(query, utcnow().date())
+        try:
+            used = await self._usage.of(account.key_id, since, until)
+        except StorageError:
+            raise Unavailable("Usage can't be read right now; try again shortly.") from None
+        is_all = not self._services.config.db.is_mongodb
+        return usage_report.report(used, since, until, usage_report.SCOPES[not is_all])
+
+
+def make_root(services: Services, started: int, usage: IUsage | None = None) -> IResource:
+    """The tree. `started`: Unix time, shown as the models' `created`. `usage`: None, and its path
+    is none."""
     root = PathResource()
     for endpoint in ENDPOINTS.values():
         _put(root, endpoint.path, ExchangeResource(endpoint, services))
     _put(root, MODELS.decode(), ModelsResource(services, started))
+    if usage is not None:
+        _put(root, USAGE.decode(), UsageResource(services, usage))
     return cast(IResource, root)
 
 

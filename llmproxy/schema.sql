@@ -69,6 +69,21 @@ CREATE TABLE IF NOT EXISTS price (
 	embedding INTEGER NOT NULL,
 	transcription INTEGER NOT NULL
 );
+
+-- What was billed, in sums: kept by a trigger on the ledger, which is made when a proxy or
+-- llmproxyctl opens the file.
+CREATE TABLE IF NOT EXISTS usage_day (
+	day TEXT NOT NULL,      -- YYYY-MM-DD, UTC: when the requests finished
+	api_key TEXT NOT NULL,  -- api_key.id
+	model TEXT NOT NULL,
+	price INTEGER NOT NULL, -- price.id; 0: none was set
+	requests INTEGER NOT NULL,
+	prompt INTEGER NOT NULL,
+	completion INTEGER NOT NULL,
+	embedding INTEGER NOT NULL,
+	transcription INTEGER NOT NULL,
+	PRIMARY KEY (day, api_key, model, price)
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS ledger_unsettled ON ledger(state) WHERE state <> 'settled';
 CREATE INDEX IF NOT EXISTS ledger_undelivered ON ledger(finished, rid)
 	WHERE delivered = 0 AND state IN ('settled', 'estimated');

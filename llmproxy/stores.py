@@ -19,12 +19,13 @@ from llmproxy.config import Config
 from llmproxy.delivery import POLL_S, Delivery
 from llmproxy.errors import StorageError
 from llmproxy.model import State
-from llmproxy.storage import IAccounts
+from llmproxy.storage import IAccounts, IUsage
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.rows import install
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
 from llmproxy.storage.turnstile import Turnstile
+from llmproxy.storage.usage_days import SQLiteUsage
 
 if TYPE_CHECKING:
     from llmproxy.storage import mongo
@@ -46,7 +47,7 @@ def prepare_database(config: Config) -> None:
 
 
 class Stores:
-    """`accounts` and `ledger`, from `open` to `close`.
+    """`accounts`, `ledger` and `usage`, from `open` to `close`.
 
     `prepared`: `prepare_database` has been called. `delivers`: with MongoDB, this is the process
     that delivers the bills, of which it looks for those of others every `poll_s`.
@@ -56,6 +57,7 @@ class Stores:
 
     accounts: IAccounts
     ledger: SQLiteLedger
+    usage: IUsage
 
     def __init__(
         self,
@@ -96,6 +98,7 @@ class Stores:
             on_commit=on_commit,
             turnstile=self._turnstile,
         )
+        self.usage = SQLiteUsage(self._pool(), self._reactor)
         if self._config.db.is_mongodb:
             await self._open_mongo()
         else:

@@ -28,7 +28,7 @@ from llmproxy.logs import LEVELS
 from llmproxy.metrics import ERROR_TYPES, Metrics
 from llmproxy.model import Kind, Outcome, Reading, State
 from llmproxy.queueing import FairQueue
-from llmproxy.resource import MODELS
+from llmproxy.resource import MODELS, USAGE
 from llmproxy.tryout import GREETING, PORT
 
 ROOT = Path(__file__).parent.parent
@@ -346,7 +346,7 @@ def test_every_path_is_in_the_readme_and_no_other() -> None:
         for word in code(cells[0])
     }
     models = MODELS.decode()
-    assert listed == {*ENDPOINTS, models, f"{models}/{{id}}"}
+    assert listed == {*ENDPOINTS, models, f"{models}/{{id}}", USAGE.decode()}
 
 
 def test_the_paths_that_stream_are_marked() -> None:

@@ -16,13 +16,13 @@ from llmproxy import __version__, audio, dialects, errors, headers, outline, pol
 from llmproxy.admin import admin_resource
 from llmproxy.endpoints import ENDPOINTS, Body, Dialect, Endpoint
 from llmproxy.errors import ProxyError
-from llmproxy.resource import MODELS
+from llmproxy.resource import MODELS, USAGE
 
 ROOT = Path(__file__).parent.parent
 DESCRIPTION: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text())
 PATHS: dict[str, Any] = DESCRIPTION["paths"]
 SCHEMAS: dict[str, Any] = DESCRIPTION["components"]["schemas"]
-MODEL_PATHS = (MODELS.decode(), f"{MODELS.decode()}/{{id}}")
+KEYED_PATHS = (MODELS.decode(), f"{MODELS.decode()}/{{id}}", USAGE.decode())
 #: Statuses that a request which carries no body can't get from us.
 OF_BODIES = {413, 415, 502, 504}
 BODIES = {Body.JSON: "application/json", Body.MULTIPART: "multipart/form-data"}
@@ -51,7 +51,7 @@ def admin_paths() -> set[str]:
 
 
 def test_it_has_every_path_and_no_other() -> None:
-    assert PATHS.keys() == {*ENDPOINTS, *MODEL_PATHS, *admin_paths()}
+    assert PATHS.keys() == {*ENDPOINTS, *KEYED_PATHS, *admin_paths()}
 
 
 def methods(path: str) -> set[str]:
@@ -60,7 +60,7 @@ def methods(path: str) -> set[str]:
 
 def test_it_has_every_method_and_no_other() -> None:
     assert all(methods(path) == {"post", "options"} for path in ENDPOINTS)
-    assert all(methods(path) == {"get", "head", "options"} for path in MODEL_PATHS)
+    assert all(methods(path) == {"get", "head", "options"} for path in KEYED_PATHS)
     assert all(methods(path) == {"get", "head"} for path in admin_paths())
 
 
@@ -136,7 +136,7 @@ def test_keys_are_where_they_are_looked_for() -> None:
         said = PATHS[path]["post"].get("security", DESCRIPTION["security"])
         is_anthropic = ENDPOINTS[path].dialect is Dialect.ANTHROPIC
         assert said == (anthropic if is_anthropic else anthropic[:1])
-    for path in MODEL_PATHS:
+    for path in KEYED_PATHS:
         assert PATHS[path]["get"]["security"] == PATHS[path]["head"]["security"] == anthropic
     for path in admin_paths():
         assert PATHS[path]["get"]["security"] == PATHS[path]["head"]["security"] == []
@@ -171,8 +171,8 @@ def test_every_status_is_there(endpoint: Endpoint) -> None:
     assert {int(status) for status in said} == STATUSES
 
 
-@pytest.mark.parametrize("path", MODEL_PATHS)
-def test_every_status_of_the_models_is_there(path: str) -> None:
+@pytest.mark.parametrize("path", KEYED_PATHS)
+def test_every_status_of_our_own_answers_is_there(path: str) -> None:
     said = {int(status) for status in PATHS[path]["get"]["responses"]}
     assert said | {404} == {200} | STATUSES - OF_BODIES
 

@@ -66,12 +66,13 @@ def writer() -> sqlite3.Connection:
     return connection
 
 
-def content(connection: sqlite3.Connection) -> tuple[list[Any], list[Any]]:
+def content(connection: sqlite3.Connection) -> tuple[list[Any], list[Any], list[Any]]:
     """All of it, the bill in its order."""
     bill = "SELECT created, api_key, product, quantity, rid FROM event_oneoff ORDER BY id"
     return (
         connection.execute("SELECT * FROM ledger ORDER BY rid").fetchall(),
         connection.execute(bill).fetchall(),
+        connection.execute("SELECT * FROM usage_day").fetchall(),
     )
 
 

@@ -105,6 +105,7 @@ def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
         ("key_model",),
         ("ledger",),
         ("price",),
+        ("usage_day",),
     ]
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
 
@@ -127,6 +128,7 @@ def test_a_new_file_is_closed_to_others(path: Path) -> None:
 def test_a_ledger_without_prices_gets_their_column_once_and_keeps_its_rows(path: Path) -> None:
     prepare(path)
     with closing(connect(path)) as connection:
+        connection.execute("DROP TRIGGER usage_row")
         connection.execute("ALTER TABLE ledger DROP COLUMN price")
         connection.execute("DROP TABLE price")
         connection.execute(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-from llmproxy.model import Account, Attempt, Counts, Entry, Event, Price, Settlement
+from llmproxy.model import Account, Attempt, Counts, Entry, Event, Price, Settlement, Used
 
 
 class IAccounts(Interface):
@@ -43,6 +43,17 @@ class ILedger(Interface):
         """Close the row and put its events on the bill, durably, in one transaction.
 
         Never fails: it is retried until it is there. Settling again changes nothing.
+        """
+
+
+class IUsage(Interface):
+    """What keys have used, in sums of what is on the bill."""
+
+    def of(key_id: str, since: date, until: date) -> Deferred[Sequence[Used]]:
+        """What a key has used from `since` to the day before `until`, by day, model and price.
+
+        Fails with `StorageError` when that can't be known now: also while another read for the
+        same key has not ended.
         """
 
 

@@ -24,6 +24,7 @@ from llmproxy.errors import StorageError
 from llmproxy.expiry import expiry_time
 from llmproxy.model import Account
 from llmproxy.storage import IAccounts
+from llmproxy.storage.usage_days import keep_usage
 
 #: How long a statement waits for another process's lock before it fails and is tried again.
 BUSY_TIMEOUT_S = 1.0
@@ -54,6 +55,7 @@ def migrate(connection: sqlite3.Connection) -> None:
         _accept_old_duplicates(connection)
         connection.executescript(files("llmproxy").joinpath("schema.sql").read_text())
     _add_column(connection, "ledger", "price", "INTEGER")
+    keep_usage(connection)
 
 
 def _add_column(connection: sqlite3.Connection, table: str, column: str, kind: str) -> None:
