@@ -22,7 +22,7 @@ from llmproxy.affinity import affinity
 from llmproxy.agent import BytesBody
 from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
-from llmproxy.backends import Backends, Route
+from llmproxy.backends import Backends, Model, Route
 from llmproxy.billing import NOTHING, settlement
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
@@ -85,6 +85,7 @@ class Exchange:
     """One request of a client, from its header to the settlement of its row."""
 
     __slots__ = (
+        "_admitted",
         "_began",
         "_down",
         "_endpoint",
@@ -107,6 +108,7 @@ class Exchange:
         self._down = Downstream(request, services.clock, services.config.timeout_read)
         self._key_id: str | None = None
         self._model: str | None = None
+        self._admitted: Admitted | None = None
         self._forward: Forward | None = None
         self._metrics: BackendMetrics | None = None
         self._is_cut = False
@@ -148,14 +150,14 @@ class Exchange:
         if limits is not None:
             limits.enter(account)
         try:
-            admitted = await self._admit(account)
-            queue = admitted.model.queue
+            model = await self._admit(account)
+            queue = model.queue
             if not queue.enter_at_once():
                 await self._wait(queue, account.key_id)
             try:
-                entry = self._entry(account, admitted.model.backend)
+                entry = self._entry(account, model.backend)
                 await self._open(entry)
-                ending = await self._send(entry, admitted)
+                ending = await self._send(entry, model)
                 await self._settle(entry, ending)
             finally:
                 queue.leave()
@@ -172,13 +174,15 @@ class Exchange:
         known = authenticator.known(key)
         return known or await authenticator.authenticate(key, self._request.peer)
 
-    async def _admit(self, account: Account) -> Admitted:
+    async def _admit(self, account: Account) -> Model:
         sent = self._request.fields
         if b"content-encoding" in sent:
             raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
         if self._endpoint.body is Body.MULTIPART:
-            return await self._admit_form(sent, account)
-        return await self._admit_json(sent, account)
+            self._admitted = await self._admit_form(sent, account)
+        else:
+            self._admitted = await self._admit_json(sent, account)
+        return self._admitted.model
 
     async def _admit_json(self, sent: Fields, account: Account) -> Admitted:
         if headers.media_type(sent) != b"application/json":
@@ -304,22 +308,27 @@ class Exchange:
             raise Unavailable("Requests can't be taken right now; try again shortly.") from None
         self._services.metrics.ledger_rows(State.OPEN)
 
-    async def _send(self, entry: Entry, admitted: Admitted) -> Ending:
+    async def _send(self, entry: Entry, model: Model) -> Ending:
         """Ask one server, and another one as long as that is allowed and helps."""
         ending = _NOT_SENT
         tried: list[Route] = []
-        order = self._order(admitted, tried)
+        several = len(model.routes) > 1
+        order = self._order(tried)
         while order is not None:
+            if not several:
+                self._admitted = None  # it has the body, which could be large
             ending = await self._attempt(entry, order)
-            if len(admitted.model.routes) == 1:
+            if not several:
                 break
             tried.append(order.route)
             self._note(entry, len(tried), order.route, ending)
-            order = self._again(admitted, ending, tried)
+            order = self._again(model, ending, tried)
         return ending
 
-    def _order(self, admitted: Admitted, tried: list[Route]) -> Order | None:
+    def _order(self, tried: list[Route]) -> Order | None:
         """The request for the next server. None if there is no other, or it can't be made."""
+        admitted = self._admitted
+        assert admitted is not None
         now = self._services.monotonic()
         route = admitted.model.choose(now, affinity=admitted.affinity, tried=tried)
         try:
@@ -328,14 +337,14 @@ class Exchange:
             log.failure("exchange {rid} failed", rid=self._request.rid)
             return None
 
-    def _again(self, admitted: Admitted, ending: Ending, tried: list[Route]) -> Order | None:
+    def _again(self, model: Model, ending: Ending, tried: list[Route]) -> Order | None:
         """The request for another server, if there is one and it may be asked."""
-        begun_too = admitted.model.backend.retry_begun
+        begun_too = model.backend.retry_begun
         if self._down.started or self._down.gone or self._is_cut:
             return None
         if not may_be_repeated(ending, begun_too=begun_too):
             return None
-        order = self._order(admitted, tried)
+        order = self._order(tried)
         if order is not None and self._metrics is not None:
             self._metrics.failed_over()
         return order

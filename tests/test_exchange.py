@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from backend import (
     DONE,
     Close,
     Reset,
+    Script,
     ScriptedBackend,
     Stall,
     Wait,
@@ -27,6 +29,8 @@ from backend import (
 from proxy import Answer, request_bytes, running_proxy
 from twisted.internet.defer import Deferred
 
+from llmproxy.exchange import Exchange
+from llmproxy.forward import Admitted
 from llmproxy.storage.sqlite import connect
 
 CHAT = "/v1/chat/completions"
@@ -630,6 +634,31 @@ async def test_models_are_listed_for_a_valid_key_only(tmp_path: Path) -> None:
         for path in ("/v1/models/org/other", "/v1/models/org%2Fother"):
             assert (await proxy.get(path)).json() == second
         assert (await proxy.get("/v1/models/none")).json()["error"]["code"] == "model_not_found"
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_body_is_kept_no_longer_than_it_can_be_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []  # what can make the body once more, and therefore has it
+    admit = Exchange._admit_json
+
+    async def admit_and_note(*args: Any) -> Admitted:
+        admitted = await admit(*args)
+        kept.append(weakref.ref(admitted.order))
+        return admitted
+
+    monkeypatch.setattr(Exchange, "_admit_json", admit_and_note)
+    hold: Deferred[None] = Deferred()
+    begun: Script = [head(200, CHUNKED), chunk(sse_event(TEXT[0])), Wait(hold), Close()]
+    async with ScriptedBackend(begun) as backend:
+        async with proxy_for(tmp_path, backend) as proxy:
+            client = await proxy.open()
+            client.send(request_bytes("POST", CHAT, orjson.dumps(ASK_STREAM)))
+            await client.when(lambda received: b"Hel" in received)
+            assert [each() for each in kept] == [None]
+            hold.callback(None)
+            await client.closed
 
 
 @pytest_twisted.ensureDeferred
