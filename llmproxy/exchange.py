@@ -131,7 +131,8 @@ class Exchange:
             self._tell(ProxyError("Something went wrong on our side."))
         finally:
             self._services.exchanges.discard(self)
-            self._forward = None  # they know each other: else only the garbage collector ends them
+            # They know each other: else only the garbage collector would end them.
+            self._forward = self._admitted = None
 
     def cut(self) -> None:
         """The proxy stops, and waits no longer: what was metered so far is settled."""
