@@ -64,24 +64,28 @@ async def once(proxy: ProxyHandle, stream: bool) -> None:
 )
 @pytest.mark.usefixtures("kept_garbage")
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("servers", [1, 2])
 @pytest_twisted.ensureDeferred
 async def test_requests_and_connections_leave_nothing_to_collect(
-    tmp_path: Path, stream: bool
+    tmp_path: Path, stream: bool, servers: int
 ) -> None:
-    async with (
-        ScriptedBackend([ANSWERS[stream]]) as backend,
-        running_proxy(tmp_path, {"chat": {"url": backend.url}}) as proxy,
-    ):
+    async with ScriptedBackend([ANSWERS[stream]]) as one, ScriptedBackend([ANSWERS[stream]]) as two:
+        urls = [one.url, two.url][:servers]
+        async with running_proxy(tmp_path, {"chat": {"urls": urls}}) as proxy:
+            await leaves_nothing(proxy, stream)
+
+
+async def leaves_nothing(proxy: ProxyHandle, stream: bool) -> None:
+    await once(proxy, stream)
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.garbage.clear()
+    for _ in range(5):
         await once(proxy, stream)
-        gc.collect()
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.garbage.clear()
-        for _ in range(5):
-            await once(proxy, stream)
-        proxy.proxy.backends.close()  # the idle connections to the backend
-        await once(proxy, stream)
-        gc.collect()
-        assert ours() == Counter()
+    proxy.proxy.backends.close()  # the idle connections to the backend
+    await once(proxy, stream)
+    gc.collect()
+    assert ours() == Counter()
 
 
 def test_the_collector_is_told_to_look_less_often() -> None:
