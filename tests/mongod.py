@@ -279,6 +279,7 @@ class Mongod:
         """Freeze the process: connections stay, answers don't come."""
         self._signal(signal.SIGSTOP)
         self._paused = True
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED)  # until then its threads may answer
 
     def resume(self) -> None:
         """End a `pause()`."""
@@ -298,6 +299,12 @@ class Mongod:
         assert self._process is not None
         if self._process.poll() is not None:
             self.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process is not None
+        return self._process.pid
 
     def restart(self) -> None:
         """Kill the process if it runs, and start it again on the same port and files."""

@@ -35,6 +35,7 @@ from mongod import Mongod, ReplicaSet, TLSFiles
 from ports import free_port
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 from zope.interface import implementer
@@ -675,6 +676,22 @@ async def test_a_frozen_server_fails_a_key_within_two_seconds_and_is_used_again(
         assert 1.5 < time.monotonic() - began < 2.3
         server.resume()
         await eventually(lambda: store.connected)
+        assert await store.accounts.find(HASH, NOW) is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_connection_whose_answer_nobody_waits_for_any_more_is_given_up(server) -> None:
+    async with opened(uri(server)) as store:
+        await eventually(lambda: len(store.pool._ready) == POOL_SIZE)
+        wires = set(store.pool._ready)
+        server.pause()
+        # Sooner than the connection's own limit, as a proxy's look-up of a key ends.
+        given_up = store.accounts.find(HASH, NOW).addTimeout(0.1, reactor)
+        with pytest.raises(DeferredTimeout):
+            await given_up
+        assert sum(wire.dead for wire in wires) == 1
+        assert not any(wire.dead for wire in store.pool._free)
+        server.resume()
         assert await store.accounts.find(HASH, NOW) is None
 
 

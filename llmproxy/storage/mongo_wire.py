@@ -11,7 +11,7 @@ from typing import Any
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError
 from pymongo.errors import NotPrimaryError, PyMongoError
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.protocol import Factory
@@ -73,8 +73,9 @@ class Wire(MongoProtocol):  # type: ignore[misc]
     ) -> Document:
         """Send one command and return the server's reply, whatever it says.
 
-        Fails with `Disconnected`, or with `StorageError` where no answer came in time: then the
-        connection is given up, and the command may still be carried out.
+        Fails with `Disconnected`, or with `StorageError` where no answer came in time. Then, and
+        where the caller waits no longer, the connection is given up: its server may be frozen. The
+        command may still be carried out.
         """
         payload = {"documents": list(documents)} if documents else None
         self.used_at = self._clock.seconds()
@@ -82,6 +83,9 @@ class Wire(MongoProtocol):  # type: ignore[misc]
             message = Msg.create({**command, "$db": database}, payload, codec_options=_CODEC)
             reply = self.send_msg(message, _CODEC, None, check=False)
             answer: Document = await reply.addTimeout(timeout_s, self._clock)
+        except CancelledError:
+            self.abort()
+            raise
         except DeferredTimeout as error:
             self.abort()
             raise StorageError(
