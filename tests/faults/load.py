@@ -16,8 +16,9 @@ class Asked:
     """A request, and what came of it.
 
     generation: which run of the proxy it was sent to. rid: its X-Request-ID, if a header came.
-    finished: the answer came to its own end, body and framing. ended_at: when that was (Unix time).
-    closes: the answer said that it is the connection's last.
+    finished: the answer came to its own end, body and framing. began_at, ended_at: when it was sent
+    and when that was (Unix time). ms: how long the backend takes for each token. closes: the answer
+    said that it is the connection's last.
     """
 
     marker: str
@@ -33,11 +34,18 @@ class Asked:
     body: bytes = field(default=b"", repr=False)
     finished: bool = False
     closes: bool = False
+    ms: int = 0
+    began_at: float = 0.0
     ended_at: float = 0.0
 
     @property
     def text(self) -> str:
         return f"{self.marker} {self.prompt} {self.tokens}"
+
+    @property
+    def added_s(self) -> float:
+        """How much longer it took than the backend's tokens do."""
+        return self.ended_at - self.began_at - self.tokens * self.ms / 1000
 
 
 class Broken(Exception):
@@ -91,6 +99,16 @@ class Load:
             task.cancel()
         await self.wait()
 
+    @property
+    def connected(self) -> int:
+        """How many clients' connections have not broken."""
+        return sum(not task.done() for task in self._tasks)
+
+    @property
+    def known(self) -> int:
+        """How many clients have had an answer, so that their keys are known."""
+        return len({each.client for each in self.asked if each.finished})
+
     @staticmethod
     def key(client: int) -> str:
         """The key of one of the clients."""
@@ -115,7 +133,7 @@ class Load:
         speech, stream, tokens, ms = self._plan.pick()
         marker = f"{self.generation}-{number}-{len(self.asked)}"
         prompt = self._plan.random.randint(1, 999)
-        asked = Asked(marker, number, self.generation, speech, stream, prompt, tokens)
+        asked = Asked(marker, number, self.generation, speech, stream, prompt, tokens, ms=ms)
         self.asked.append(asked)
         body = speech.request(
             self._plan.random.choice(self._plan.models), f"{asked.text} {ms}", stream=stream
@@ -124,6 +142,7 @@ class Load:
             f"POST {speech.path} HTTP/1.1\r\nHost: p\r\nAuthorization: Bearer {self.key(number)}"
             f"\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
+        asked.began_at = time.time()
         out.write(head.encode() + body)
         asked.sent = True
         await _answer(asked, link)

@@ -141,6 +141,12 @@ class Rig:
         return int(self.query("SELECT count(*) FROM ledger WHERE state = 'open'")[0][0])
 
 
+def cpu_s(pid: int) -> float:
+    """CPU time that a process has used, all its threads, user and kernel (proc(5), stat)."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def ended(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[int, float]:
     """The exit code, and how many seconds it took. Raises TimeoutExpired."""
     began = time.monotonic()
