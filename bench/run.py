@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import capacity
 import goals
 import machine
 import plot
@@ -265,6 +266,7 @@ def into_docs(block: str, page: str, name: str, picture: str) -> None:
     tables.put_into(DOCS / "performance.md", page, block)
     (DOCS / name).write_text(picture)
     print(f"written: docs/performance.md, docs/{name}")
+    capacity.write()
 
 
 def profile(bench: Bench, folder: Path) -> None:

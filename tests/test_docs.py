@@ -33,7 +33,7 @@ from llmproxy.tryout import GREETING, PORT
 
 ROOT = Path(__file__).parent.parent
 README, OPERATIONS, ARCHITECTURE = "README.md", "docs/operations.md", "docs/architecture.md"
-OURS = (README, OPERATIONS, ARCHITECTURE, "CHANGELOG.md", "SECURITY.md")
+OURS = (README, OPERATIONS, ARCHITECTURE, "docs/capacity.md", "CHANGELOG.md", "SECURITY.md")
 ALL = (*OURS, "docs/mongodb.md")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import capacity
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -17,6 +18,7 @@ from llmproxy import config
 from llmproxy.metrics import Metrics
 from llmproxy.proxy import PATIENCE_S
 
+DOCS = Path(__file__).parent.parent / "docs"
 FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes"
 #: The oldest minor version that knows all fields: `sleep` as a hook is on by default since 1.30.
 VERSION = "1.30"
@@ -162,6 +164,28 @@ def test_a_pod_has_the_time_that_it_takes_to_stop() -> None:
     pause = container()["lifecycle"]["preStop"]["sleep"]["seconds"]
     needed = pause + settings().drain_deadline + PATIENCE_S
     assert pod()["spec"]["terminationGracePeriodSeconds"] >= needed
+
+
+def in_bytes(quantity: str) -> float:
+    units = {"Mi": 2**20, "Gi": 2**30}
+    return float(quantity[:-2]) * units[quantity[-2:]]
+
+
+def test_a_pod_has_room_for_the_streams_that_the_autoscaler_gives_it() -> None:
+    pages = ((DOCS / name).read_text() for name in ("performance.md", "operations.md"))
+    costs = capacity.costs_of(*pages)
+    requests, cpu = only("HorizontalPodAutoscaler")["spec"]["metrics"]
+    streams = int(requests["pods"]["target"]["averageValue"])
+    rate = 20  # chunks/s, as the comment there has it
+    # The two targets mean the same, by and large; figures of one machine are no closer.
+    assert streams == pytest.approx(costs.streams_per_process(rate), rel=0.3)
+    assert cpu["resource"]["target"]["averageUtilization"] == 100 * capacity.BUSY
+    one = capacity.Fleet(costs, streams, rate)
+    needed = one.memory_gib(costs.unread_kib) * 2**30 + 2 * 4 * settings().max_json_body
+    assert in_bytes(container()["resources"]["requests"]["memory"]) > needed
+    (claim,) = only("StatefulSet")["spec"]["volumeClaimTemplates"]
+    days = in_bytes(claim["spec"]["resources"]["requests"]["storage"]) / 1e9 / one.journals_gb_a_day
+    assert days > 30
 
 
 def test_the_autoscaler_s_metric_exists() -> None:
