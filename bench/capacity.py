@@ -193,6 +193,7 @@ def text(costs: Costs) -> str:
     fleets = [Fleet(costs, streams, rate) for rate in RATES for streams in STREAMS]
     return "\n\n".join(
         [
+            _short(costs),
             "What was measured:",
             _inputs(costs),
             f"One process on one core that is {BUSY:.0%} busy:".replace("%", " %"),
@@ -202,6 +203,15 @@ def text(costs: Costs) -> str:
             "What is around it:",
             _around(fleets) + "\n",
         ]
+    )
+
+
+def _short(costs: Costs) -> str:
+    proxies = [Fleet(costs, STREAMS[-1], rate).proxies for rate in RATES]
+    words = [f"{count} at {rate} chunks/s" for count, rate in zip(proxies, RATES, strict=True)]
+    return (
+        f"In short: {STREAMS[-1]:,} streams at once take {', '.join(words[:-1])} and {words[-1]}"
+        f" of such proxies. CPU\nfor chunks is what gives out first."
     )
 
 
