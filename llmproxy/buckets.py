@@ -20,27 +20,38 @@ class Buckets:
     """A bucket of `per_minute` tokens for each name, which is filled at that rate.
 
     `now` is in seconds, on a clock that is never set back. The bucket that was used longest ago
-    counts as full when there are over `MOST_BUCKETS`.
+    counts as full when there are over `MOST_BUCKETS`. A name may have a rate of its own,
+    `per_minute` of a call; where that changes, a bucket stays as full as it is.
     """
 
     def __init__(self, per_minute: int) -> None:
-        self._period_s = MINUTE_S / per_minute
+        self._per_minute = per_minute
         self._full_at: OrderedDict[str, float] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._full_at)
 
-    def wait_s(self, name: str, now: float) -> float:
+    def fills_s(self, name: str, now: float) -> float:
+        """How long until it is full."""
+        return max(self._full_at.get(name, now) - now, 0.0)
+
+    def left(self, name: str, now: float, per_minute: int) -> int:
+        """How many tokens are in it; 0 also where it owes some."""
+        left_s = MINUTE_S - self.fills_s(name, now) + ROUNDING_S
+        return max(int(left_s * per_minute / MINUTE_S), 0)
+
+    def wait_s(self, name: str, now: float, per_minute: int | None = None) -> float:
         """How long until there is a token; 0.0: there is one."""
         full_at = self._full_at.get(name, now)
-        wait_s = full_at - now + self._period_s - MINUTE_S
+        wait_s = full_at - now + MINUTE_S / (per_minute or self._per_minute) - MINUTE_S
         return wait_s if wait_s > ROUNDING_S else 0.0
 
-    def take(self, name: str, now: float) -> float:
+    def take(self, name: str, now: float, per_minute: int | None = None) -> float:
         """Take a token and return 0.0; where there is none, how long until there is."""
-        wait_s = self.wait_s(name, now)
+        wait_s = self.wait_s(name, now, per_minute)
         if not wait_s:
-            self._full_at[name] = max(self._full_at.get(name, now), now) + self._period_s
+            period_s = MINUTE_S / (per_minute or self._per_minute)
+            self._full_at[name] = max(self._full_at.get(name, now), now) + period_s
             self._full_at.move_to_end(name)
             if len(self._full_at) > MOST_BUCKETS:
                 self._full_at.popitem(last=False)

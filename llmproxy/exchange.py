@@ -148,8 +148,10 @@ class Exchange:
         account = await self._authenticate()
         self._key_id = account.key_id
         limits = self._services.limits
+        if limits is not None and not limits.concern(account):
+            limits = None
         if limits is not None:
-            limits.enter(account)
+            self._enter(limits, account)
         try:
             model = await self._admit(account)
             queue = model.queue
@@ -174,6 +176,12 @@ class Exchange:
         authenticator = self._services.authenticator
         known = authenticator.known(key)
         return known or await authenticator.authenticate(key, self._request.peer)
+
+    def _enter(self, limits: Limits, account: Account) -> None:
+        try:
+            limits.enter(account)
+        finally:
+            self._request.more_fields = limits.fields(account)
 
     async def _admit(self, account: Account) -> Model:
         sent = self._request.fields

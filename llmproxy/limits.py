@@ -6,7 +6,9 @@ enter(account)  -->  the request is served  -->  leave(account)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from llmproxy.buckets import Buckets
 from llmproxy.config import KeyLimits
@@ -18,7 +20,7 @@ TRY_AGAIN_S = 1.0
 
 
 class Limits:
-    """The requests of all keys, against `limits`, which hold for each key.
+    """The requests of all keys, against `limits`, which hold for each key that has none of its own.
 
     `refused` is told the setting for which a request was refused.
     """
@@ -26,31 +28,42 @@ class Limits:
     def __init__(
         self, limits: KeyLimits, monotonic: Callable[[], float], refused: Callable[[str], None]
     ) -> None:
-        self._at_once = limits.concurrent_requests
-        self._per_minute = limits.requests_per_minute
-        self._buckets = Buckets(self._per_minute) if self._per_minute else None
+        self._settings = limits
+        self._limit_all = limits != KeyLimits()
+        self._requests = Buckets(1)
         #: How many requests of a key are in flight; keys that have none are not in it.
         self.running: dict[str, int] = {}
         self._monotonic = monotonic
         self._refused = refused
 
+    def concern(self, account: Account) -> bool:
+        """Whether there is any limit for this key: else it need not enter."""
+        return self._limit_all or account.limits is not None
+
+    def of(self, account: Account) -> KeyLimits:
+        """The limits that hold for this key."""
+        if account.limits is None:
+            return self._settings
+        own = {name: n for name, n in account.limits._asdict().items() if n is not None}
+        return replace(self._settings, **own)
+
     def enter(self, account: Account) -> None:
         """A request begins; `leave` must follow. Raises TooManyRequests, and then it must not."""
-        key_id = account.key_id
+        key_id, limits = account.key_id, self.of(account)
         running = self.running.get(key_id, 0)
-        if self._at_once and running >= self._at_once:
+        if limits.concurrent_requests and running >= limits.concurrent_requests:
             self._refused("concurrent_requests")
             raise TooManyRequests(
-                f"This API key may have {self._at_once} requests in flight at once.",
+                f"This API key may have {limits.concurrent_requests} requests in flight at once.",
                 wait_s=TRY_AGAIN_S,
             )
-        if self._buckets is not None:
-            wait_s = self._buckets.take(key_id, self._monotonic())
+        per_minute = limits.requests_per_minute
+        if per_minute:
+            wait_s = self._requests.take(key_id, self._monotonic(), per_minute)
             if wait_s:
                 self._refused("requests_per_minute")
                 raise TooManyRequests(
-                    f"This API key may make {self._per_minute} requests per minute.",
-                    wait_s=wait_s,
+                    f"This API key may make {per_minute} requests per minute.", wait_s=wait_s
                 )
         self.running[key_id] = running + 1
 
@@ -61,3 +74,37 @@ class Limits:
             self.running[account.key_id] = running
         else:
             del self.running[account.key_id]
+
+    def fields(self, account: Account) -> list[tuple[bytes, bytes]]:
+        """What an answer to this key says of its limits now, as OpenAI's do.
+
+        https://platform.openai.com/docs/guides/rate-limits
+        """
+        per_minute = self.of(account).requests_per_minute
+        return _fields(b"requests", self._requests, account, self._monotonic(), per_minute)
+
+
+def _fields(
+    what: bytes, buckets: Buckets, account: Account, now: float, per_minute: int
+) -> list[tuple[bytes, bytes]]:
+    if not per_minute:
+        return []
+    left, fills_s = (
+        buckets.left(account.key_id, now, per_minute),
+        buckets.fills_s(account.key_id, now),
+    )
+    return [
+        (b"X-RateLimit-Limit-" + what, b"%d" % per_minute),
+        (b"X-RateLimit-Remaining-" + what, b"%d" % left),
+        (b"X-RateLimit-Reset-" + what, _duration(fills_s)),
+    ]
+
+
+def _duration(seconds: float) -> bytes:
+    """As Go writes it, and so OpenAI: `20ms`, `8.64s`, `1m30.5s`."""
+    ms = math.ceil(1000 * seconds - 0.01)
+    if ms < 1000:
+        return b"%dms" % ms
+    minutes, rest = divmod(ms, 60_000)
+    whole = b"%g" % (rest / 1000)
+    return b"%dm%bs" % (minutes, whole) if minutes else whole + b"s"

@@ -52,16 +52,33 @@ _KINDS = tuple(Kind)
 BILLED = frozenset({State.SETTLED, State.ESTIMATED})
 
 
+class OwnLimits(NamedTuple):
+    """What one key may ask for, in the place of the setting of that name; None: the setting holds.
+
+    0: as much as it likes.
+    """
+
+    requests_per_minute: int | None = None
+    concurrent_requests: int | None = None
+
+
+NO_LIMITS = OwnLimits()
+#: The largest limit.
+MAX_LIMIT = 1_000_000
+
+
 class Account(NamedTuple):
     """Whom a key belongs to. `key_id` names the key's record, never the key itself.
 
-    `models`: those that it may ask for, by name or alias; None: all.
+    `models`: those that it may ask for, by name or alias; None: all. `limits`: its own ones, if it
+    has any.
     """
 
     key_id: str
     user_id: str | None = None
     expires: datetime | None = None  # None: never
     models: frozenset[str] | None = None
+    limits: OwnLimits | None = None
 
 
 class Price(NamedTuple):

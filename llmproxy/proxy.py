@@ -21,7 +21,7 @@ from llmproxy.admin import AdminSite, admin_resource
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
 from llmproxy.checkpoints import Checkpoints
-from llmproxy.config import Backend, Config, KeyLimits
+from llmproxy.config import Backend, Config
 from llmproxy.connections import Connections, bounds, descriptors
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
@@ -161,7 +161,7 @@ class Proxy(logs.LoggingService):
             checkpoints=Checkpoints(self.stores.ledger, self._reactor),
             metrics=self.metrics,
             prices=self._priced(self.config),
-            limits=self._make_limits(),
+            limits=Limits(self.config.limits, time.monotonic, self.metrics.limited),
         )
 
     def _priced(self, settings: Config) -> PriceList:
@@ -175,12 +175,6 @@ class Proxy(logs.LoggingService):
         per_minute = self.config.failed_keys_per_minute
         refused = partial(self.metrics.limited, "failed_keys_per_minute")
         return Throttle(per_minute, time.monotonic, refused) if per_minute else None
-
-    def _make_limits(self) -> Limits | None:
-        limits = self.config.limits
-        if limits == KeyLimits():
-            return None
-        return Limits(limits, time.monotonic, self.metrics.limited)
 
     async def _listen(self, services: Services) -> None:
         exposition = self.metrics.exposition if self.config.metrics.enabled else None

@@ -17,6 +17,17 @@ CREATE TABLE IF NOT EXISTS key_model (
 	PRIMARY KEY (api_key, model)
 ) WITHOUT ROWID;
 
+-- Limits of one key, in the place of those in [limits]. NULL: the setting holds; 0: none.
+CREATE TABLE IF NOT EXISTS key_limit (
+	api_key TEXT PRIMARY KEY, -- api_key.id
+	requests_per_minute INTEGER
+		CHECK (requests_per_minute IS NULL OR typeof(requests_per_minute) = 'integer'
+			AND requests_per_minute BETWEEN 0 AND 1000000),
+	concurrent_requests INTEGER
+		CHECK (concurrent_requests IS NULL OR typeof(concurrent_requests) = 'integer'
+			AND concurrent_requests BETWEEN 0 AND 1000000)
+) WITHOUT ROWID;
+
 CREATE TABLE IF NOT EXISTS event_oneoff (
 	id INTEGER PRIMARY KEY,
 	created TEXT,          -- when the request finished, UTC

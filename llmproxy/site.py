@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -105,6 +105,7 @@ class Request:
         "finished",
         "lost",
         "method",
+        "more_fields",
         "path",
         "postpath",
         "prepath",
@@ -128,6 +129,8 @@ class Request:
         self.upload = upload
         self.started = self.finished = self.lost = False
         self.status = 0
+        #: Fields that its answer gets too, whichever it is.
+        self.more_fields: Sequence[tuple[bytes, bytes]] = ()
         self._channel = channel
         self._chunked = self._closed = False
         self._headless = message.method == b"HEAD"
@@ -185,6 +188,8 @@ class Request:
         self.started, self.status = True, status
         lines = [_STATUS_LINES[self.version, status], self.site.preamble(), self.rid.encode()]
         for name, value in fields:
+            lines.append(b"\r\n%b: %b" % (name, value))
+        for name, value in self.more_fields:
             lines.append(b"\r\n%b: %b" % (name, value))
         if not self._channel.keep:
             lines.append(b"\r\nConnection: close")

@@ -316,6 +316,32 @@ def test_a_key_can_be_limited_to_models(tool: Tool) -> None:
 
 
 def test_the_limits_of_a_deleted_key_go_with_it(tool: Tool) -> None:
-    tool.run("user", "create", "--model", "llama")
+    tool.run("user", "create", "--model", "llama", "--concurrent-requests", "3")
     tool.run("user", "delete", tool.json("user", "list")[0]["hash"])
     assert tool.query("SELECT * FROM key_model") == []
+    assert tool.query("SELECT * FROM key_limit") == []
+
+
+def limits(tool: Tool) -> list[tuple[int | None, int | None]]:
+    keys = tool.json("user", "list")
+    return [(key["requests_per_minute"], key["concurrent_requests"]) for key in keys]
+
+
+def test_a_key_can_have_limits_of_its_own(tool: Tool) -> None:
+    tool.run("user", "create", "--requests-per-minute", "60", "--concurrent-requests", "0")
+    tool.run("user", "create")
+    assert limits(tool) == [(60, 0), (None, None)]
+    digits = tool.json("user", "list")[0]["hash"]
+    tool.run("user", "update", digits, "--requests-per-minute", "1000000")
+    assert limits(tool) == [(1_000_000, 0), (None, None)]
+    tool.run("user", "update", digits, "--concurrent-requests", "default")
+    assert limits(tool) == [(1_000_000, None), (None, None)]
+    tool.run("user", "update", digits, "--comment", "c")
+    assert limits(tool) == [(1_000_000, None), (None, None)]
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "1000001", "many", "", "9" * 30, "٣"])
+def test_what_is_no_limit_is_refused_by_the_option_s_name(tool: Tool, value: str) -> None:
+    tool.run("user", "create", f"--requests-per-minute={value}", code=2)
+    assert "--requests-per-minute" in tool.err
+    assert tool.query("SELECT count(*) FROM api_key") == [(0,)]

@@ -7,7 +7,7 @@ import pytest
 from llmproxy.config import KeyLimits
 from llmproxy.errors import TooManyRequests
 from llmproxy.limits import Limits
-from llmproxy.model import Account
+from llmproxy.model import Account, OwnLimits
 
 ALICE, BOB = Account("alice"), Account("bob")
 
@@ -80,3 +80,62 @@ def test_keys_that_are_gone_take_no_memory() -> None:
     for account in accounts:
         door.limits.leave(account)
     assert door.limits.running == {}
+
+
+# -- a key's own limits ------------------------------------------------------------------------
+
+
+def test_a_key_s_own_limit_takes_the_place_of_the_setting_and_the_others_hold() -> None:
+    door = Door(requests_per_minute=2, concurrent_requests=1)
+    free = Account("alice", limits=OwnLimits(requests_per_minute=0))
+    strict = Account("bob", limits=OwnLimits(requests_per_minute=1, concurrent_requests=9))
+    for _ in range(20):
+        assert door.enters(free)
+        assert not door.enters(free)
+        door.limits.leave(free)
+    assert [door.enters(strict) for _ in range(2)] == [True, False]
+    assert door.refused == ["concurrent_requests"] * 20 + ["requests_per_minute"]
+
+
+def test_a_limit_that_changes_holds_from_the_next_request_on() -> None:
+    door = Door()
+    few = Account("alice", limits=OwnLimits(requests_per_minute=4))
+    many = Account("alice", limits=OwnLimits(requests_per_minute=8))
+    assert [door.enters(few) for _ in range(5)] == [True] * 4 + [False]
+    door.now += 30  # half of it is there again
+    assert [door.enters(many) for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_a_key_without_any_limit_need_not_enter() -> None:
+    none, some = Door().limits, Door(concurrent_requests=1).limits
+    assert not none.concern(ALICE)
+    assert none.concern(Account("alice", limits=OwnLimits(concurrent_requests=1)))
+    assert some.concern(ALICE)
+
+
+def told(door: Door, account: Account = ALICE) -> list[str]:
+    """The values of the fields, in their order: limit, remaining, reset."""
+    return [value.decode() for _, value in door.limits.fields(account)]
+
+
+def test_a_key_is_told_what_is_left_and_when_all_of_it_is_there_again() -> None:
+    door = Door(requests_per_minute=3)
+    assert told(door) == ["3", "3", "0ms"]
+    assert door.enters()
+    assert told(door) == ["3", "2", "20s"]
+    door.now += 19.985
+    assert told(door) == ["3", "2", "15ms"]
+    door.now += 1
+    assert [door.enters() for _ in range(4)] == [True, True, True, False]
+    assert told(door) == ["3", "0", "1m0s"]
+    door.now += 7.75
+    assert told(door) == ["3", "0", "52.25s"]
+    assert [name.lower() for name, _ in door.limits.fields(ALICE)] == [
+        b"x-ratelimit-limit-requests",
+        b"x-ratelimit-remaining-requests",
+        b"x-ratelimit-reset-requests",
+    ]
+
+
+def test_where_requests_are_not_limited_nothing_is_told() -> None:
+    assert told(Door(concurrent_requests=1)) == []

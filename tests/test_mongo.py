@@ -7,6 +7,7 @@ import datetime as dt
 import functools
 import ipaddress
 import json
+import math
 import re
 import subprocess
 import time
@@ -43,7 +44,7 @@ from zope.interface.verify import verifyObject
 
 from llmproxy.delivery import Delivery
 from llmproxy.errors import ConfigError, StorageError
-from llmproxy.model import Account, Event
+from llmproxy.model import Account, Event, OwnLimits
 from llmproxy.storage import IAccounts, IEventSink, IOutbox
 from llmproxy.storage.mongo import (
     MongoStore,
@@ -242,6 +243,43 @@ async def test_a_key_may_be_limited_to_models(server: Mongod, models: object, al
         found = await store.accounts.find(HASH, NOW)
     assert found is not None
     assert found.models == allowed
+
+
+@pytest.mark.parametrize(
+    ("limits", "own"),
+    [
+        (None, None),
+        ({}, OwnLimits()),
+        ({"requests_per_minute": 60}, OwnLimits(60, None)),
+        ({"requests_per_minute": 60.0, "concurrent_requests": Int64(0)}, OwnLimits(60, 0)),
+        ({"requests_per_minute": None, "concurrent_requests": 1_000_000}, OwnLimits(None, 10**6)),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_key_may_have_limits_of_its_own(
+    server: Mongod, limits: object, own: OwnLimits | None
+) -> None:
+    key = {"_id": "key-1", "access_level": "LLM", "secret": HASH, "limits": limits}
+    server.client().cgc.api_keys.insert_one(key)
+    async with opened(uri(server)) as store:
+        found = await store.accounts.find(HASH, NOW)
+    assert found == Account("key-1", limits=own)
+
+
+NO_LIMIT: list[Any] = ["60", -1, 1.5, True, 10**6 + 1, math.nan, [1], math.inf, {}, ""]
+NO_LIMITS: list[Any] = [
+    *(60, "60", [], [60], True, {"request_per_minute": 60}),
+    *[{"requests_per_minute": each} for each in NO_LIMIT],
+]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_whose_limits_are_none_is_refused(server: Mongod) -> None:
+    async with opened(uri(server)) as store:
+        for number, limits in enumerate(NO_LIMITS):
+            key = {"_id": number, "access_level": "LLM", "secret": f"{number}", "limits": limits}
+            server.client().cgc.api_keys.insert_one(key)
+            assert await store.accounts.find(f"{number}", NOW) is None, limits
 
 
 @pytest_twisted.ensureDeferred

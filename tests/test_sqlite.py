@@ -102,6 +102,7 @@ def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
         ("api_key",),
         ("attempt",),
         ("event_oneoff",),
+        ("key_limit",),
         ("key_model",),
         ("ledger",),
         ("price",),

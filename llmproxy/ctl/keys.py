@@ -24,7 +24,7 @@ from llmproxy.ctl.common import (
     transaction,
 )
 from llmproxy.expiry import UNREADABLE, expiry_time, is_valid
-from llmproxy.model import utcnow
+from llmproxy.model import MAX_LIMIT, utcnow
 
 #: Random bytes in a key.
 KEY_BYTES = 64
@@ -32,6 +32,11 @@ KEY_BYTES = 64
 SHOWN_DIGITS = 16
 
 NEVER = "never"
+DEFAULT = "default"
+LIMITS = {
+    "requests_per_minute": "requests of this key in a minute",
+    "concurrent_requests": "requests of this key in flight at once",
+}
 
 
 def add_parser(groups: Any) -> None:
@@ -43,6 +48,7 @@ def add_parser(groups: Any) -> None:
     create.add_argument("-e", "--expires", type=moment, metavar="TIME", help="ISO 8601, UTC")
     create.add_argument("-t", "--comment", help="whose it is, and what for")
     _add_models(create)
+    _add_limits(create)
     create.set_defaults(run=_on_sqlite(_create))
 
     listing = commands.add_parser("list", help="show the keys")
@@ -55,6 +61,7 @@ def add_parser(groups: Any) -> None:
     update.add_argument("-e", "--expires", type=_end, metavar="TIME", help="ISO 8601, or never")
     update.add_argument("-t", "--comment")
     _add_models(update)
+    _add_limits(update)
     update.add_argument("--all-models", action="store_true", help="end a limit to some models")
     update.set_defaults(run=_on_sqlite(_update))
 
@@ -71,6 +78,24 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the only model that it may ask for, by name or alias; may be repeated",
     )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    for name, what in LIMITS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_number_or_default,
+            metavar="N",
+            help=f"{what}; 0: no limit, default: that of the configuration",
+        )
+
+
+def _number_or_default(text: str) -> int | str:
+    if text == DEFAULT:
+        return text
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_LIMIT):
+        raise argparse.ArgumentTypeError(f"not a whole number, 0 to {MAX_LIMIT}, or default")
+    return int(text)
 
 
 def _prefix(text: str) -> str:
@@ -114,6 +139,7 @@ def _create(arguments: argparse.Namespace, connection: sqlite3.Connection) -> No
             row,
         )
         _limit(connection, key_id, arguments.model or ())
+        _set_limits(connection, key_id, _limits_given(arguments))
     say(f"key {secret[:SHOWN_DIGITS]} made; {_end_in_words(arguments.expires)}")
     sys.stdout.write(f"{key}\n")
 
@@ -128,10 +154,16 @@ def _end_in_words(expires: datetime | str | None) -> str:
 def _list(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
     now, digits = utcnow(), SHOWN_DIGITS if arguments.format == "table" else 64
     rows = [
-        (secret[:digits], key_id, _status(expires, now), _shown(expires), models, comment)
-        for key_id, secret, expires, comment, models in _find(connection, arguments.prefix or "")
+        (
+            *(secret[:digits], key_id, _status(expires, now), _shown(expires), models),
+            *(*limits, comment),
+        )
+        for key_id, secret, expires, comment, models, *limits in _find(
+            connection, arguments.prefix or ""
+        )
     ]
-    emit(("hash", "id", "status", "expires", "models", "comment"), rows, arguments.format)
+    columns = ("hash", "id", "status", "expires", "models", *LIMITS, "comment")
+    emit(columns, rows, arguments.format)
 
 
 def _status(expires: object, now: datetime) -> str:
@@ -150,17 +182,21 @@ def _update(arguments: argparse.Namespace, connection: sqlite3.Connection) -> No
         changes["expires"] = _stored(arguments.expires)
     if arguments.comment is not None:
         changes["comment"] = arguments.comment
-    limits = arguments.model is not None or arguments.all_models
+    limits = _limits_given(arguments)
+    models = arguments.model is not None or arguments.all_models
     if arguments.model and arguments.all_models:
         raise CommandError("give either --model or --all-models", code=2)
-    if not (changes or limits):
-        raise CommandError("nothing to change: give --expires, --comment or --model", code=2)
+    if not (changes or models or limits):
+        raise CommandError(
+            "nothing to change: give --expires, --comment, --model or a limit", code=2
+        )
     with transaction(connection):
         key_id, secret = _find_one(connection, arguments.prefix)
         for column, value in changes.items():
             connection.execute(f"UPDATE api_key SET {column} = ? WHERE id = ?", (value, key_id))
-        if limits:
+        if models:
             _limit(connection, key_id, arguments.model or ())
+        _set_limits(connection, key_id, limits)
     end = f"; {_end_in_words(arguments.expires)}" if "expires" in changes else ""
     say(f"key {secret[:SHOWN_DIGITS]} changed{end}")
 
@@ -174,19 +210,37 @@ def _limit(connection: sqlite3.Connection, key_id: str, models: Iterable[str]) -
     )
 
 
+def _limits_given(arguments: argparse.Namespace) -> dict[str, int | str]:
+    given = {name: getattr(arguments, name) for name in LIMITS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _set_limits(connection: sqlite3.Connection, key_id: str, limits: dict[str, int | str]) -> None:
+    """Give the key these limits of its own, and leave the others as they are."""
+    for name, value in limits.items():
+        connection.execute(
+            f"INSERT INTO key_limit (api_key, {name}) VALUES (?, ?)"
+            f" ON CONFLICT DO UPDATE SET {name} = excluded.{name}",
+            (key_id, None if value == DEFAULT else value),
+        )
+
+
 def _delete(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
     with transaction(connection):
         key_id, secret = _find_one(connection, arguments.prefix)
         connection.execute("DELETE FROM api_key WHERE id = ?", (key_id,))
         _limit(connection, key_id, ())
+        connection.execute("DELETE FROM key_limit WHERE api_key = ?", (key_id,))
     say(f"key {secret[:SHOWN_DIGITS]} deleted; its id on bills was {key_id}")
 
 
 def _find(connection: sqlite3.Connection, prefix: str) -> list[Any]:
     return connection.execute(
         "SELECT id, secret, expires, comment, (SELECT group_concat(model, ', ') FROM key_model "
-        "WHERE key_model.api_key = api_key.id) FROM api_key "
-        "WHERE type = 'LLM' AND secret IS NOT NULL AND substr(secret, 1, ?) = ? ORDER BY rowid",
+        f"WHERE key_model.api_key = api_key.id), {', '.join(LIMITS)} "
+        "FROM api_key LEFT JOIN key_limit ON key_limit.api_key = api_key.id "
+        "WHERE type = 'LLM' AND secret IS NOT NULL AND substr(secret, 1, ?) = ? "
+        "ORDER BY api_key.rowid",
         (len(prefix), prefix),
     ).fetchall()
 

@@ -17,11 +17,12 @@ from bson.datetime_ms import DatetimeMS
 from bson.objectid import ObjectId
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.expiry import UNREADABLE
-from llmproxy.model import Account, Event, utcnow
+from llmproxy.model import MAX_LIMIT, Account, Event, OwnLimits, utcnow
 from llmproxy.storage import IAccounts, IEventSink
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import KEY, MongoAddress, Resolver, parse, resolve, system_resolver
@@ -114,9 +115,32 @@ def _models(models: Any) -> frozenset[str] | None:
     return frozenset(each for each in listed if isinstance(each, str))
 
 
+def _own_limits(limits: Any) -> OwnLimits | None:
+    """A key's own limits. Raises ValueError: what is meant as a limit must not be passed over."""
+    if limits is None:
+        return None
+    if not isinstance(limits, dict) or not limits.keys() <= set(OwnLimits._fields):
+        raise ValueError(limits)
+    return OwnLimits(**{name: _limit(value) for name, value in limits.items()})
+
+
+def _limit(value: Any) -> int | None:
+    if value is None:
+        return None
+    # Some of MongoDB's shells make doubles of all numbers.
+    is_whole = (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+    )
+    if not is_whole or not 0 <= value <= MAX_LIMIT:
+        raise ValueError(value)
+    return int(value)
+
+
 @implementer(IAccounts)
 class MongoAccounts:
     """Keys in `cgc.api_keys`."""
+
+    log = Logger()
 
     def __init__(self, pool: MongoPool) -> None:
         self._pool = pool
@@ -137,7 +161,15 @@ class MongoAccounts:
             user_id, expires = text_value(key.get("user_id")), _end(key.get("date_expiry"))
             if expires is not None and expires <= now:
                 return None
-            return Account(str(key["_id"]), user_id, expires, _models(key.get("models")))
+            key_id = str(key["_id"])
+            try:
+                limits = _own_limits(key.get("limits"))
+            except ValueError:
+                self.log.warn(
+                    "keys: {key_id} has limits that are none, and is refused", key_id=key_id
+                )
+                return None
+            return Account(key_id, user_id, expires, _models(key.get("models")), limits)
         except (LookupError, TypeError, AttributeError) as error:
             raise StorageError(f"find in {'.'.join(KEYS)}: a reply without a result") from error
 
@@ -147,7 +179,7 @@ class MongoAccounts:
         command: Document = {
             "find": collection,
             "filter": key_filter(secret_hash, now),
-            "projection": {"user_id": 1, "date_expiry": 1, "models": 1},
+            "projection": {"user_id": 1, "date_expiry": 1, "models": 1, "limits": 1},
             "limit": 1,
             "singleBatch": True,
             "maxTimeMS": int(FIND_TIMEOUT_S * 1000),

@@ -22,7 +22,7 @@ from zope.interface import implementer
 
 from llmproxy.errors import StorageError
 from llmproxy.expiry import expiry_time
-from llmproxy.model import Account
+from llmproxy.model import NO_LIMITS, Account, OwnLimits
 from llmproxy.storage import IAccounts
 from llmproxy.storage.usage_days import keep_usage
 
@@ -33,8 +33,10 @@ PREPARE_TIMEOUT_S = 3.0
 PREPARE_RETRY_S = 0.02
 
 FIND_KEY = """SELECT id, expires,
-    (SELECT json_group_array(model) FROM key_model WHERE key_model.api_key = api_key.id)
-    FROM api_key WHERE secret = ? AND type = 'LLM'"""
+    (SELECT json_group_array(model) FROM key_model WHERE key_model.api_key = api_key.id),
+    requests_per_minute, concurrent_requests
+    FROM api_key LEFT JOIN key_limit ON key_limit.api_key = api_key.id
+    WHERE secret = ? AND type = 'LLM'"""
 
 
 def configure(connection: sqlite3.Connection) -> None:
@@ -233,14 +235,20 @@ class SQLiteAccounts:
             rows = await self._pool.runQuery(FIND_KEY, (secret_hash,))
         except sqlite3.Error as error:
             raise StorageError(f"key look-up: {error}") from error
-        for key_id, expires, models in rows:
+        for key_id, expires, models, *limits in rows:
             if key_id is None:
                 self.log.warn("keys: one has no id in api_key, and is refused")
                 continue
             valid_until = expiry_time(expires)
             if valid_until is None or valid_until > now:
                 named = frozenset(json.loads(models))
-                return Account(key_id=key_id, expires=valid_until, models=named or None)
+                own = OwnLimits(*limits)
+                return Account(
+                    key_id=key_id,
+                    expires=valid_until,
+                    models=named or None,
+                    limits=None if own == NO_LIMITS else own,
+                )
         return None
 
 

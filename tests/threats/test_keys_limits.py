@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,20 @@ import openai
 import orjson
 import pytest
 import pytest_twisted
-from backend import Close, ScriptedBackend, Stall, Wait, head, json_answer, raw_answer
+from backend import (
+    CHUNKED,
+    LAST_CHUNK,
+    Close,
+    ScriptedBackend,
+    Stall,
+    Wait,
+    chunk,
+    head,
+    json_answer,
+    raw_answer,
+    sse_event,
+)
+from backend import DONE as LAST_EVENT
 from callers import ask_all
 from clients import HELLO, Clients
 from figures import report
@@ -20,6 +35,9 @@ from tally import LONG
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
+
+from llmproxy.model import OwnLimits
+from llmproxy.storage.sqlite import connect, prepare
 
 reactor: Any = _reactor
 CHAT, MESSAGES, MODELS = "/v1/chat/completions", "/v1/messages", "/v1/models"
@@ -236,3 +254,70 @@ async def test_a_request_that_is_cut_at_the_end_is_counted_no_more(tmp_path: Pat
             assert running(proxy) == {"id-token2": 1}
         assert running(proxy) == {}
         await client.close()
+
+
+STREAM = [
+    head(200, CHUNKED),
+    chunk(sse_event({"choices": [{"delta": {"content": "a"}}]})),
+    chunk(sse_event({"choices": [], "usage": USAGE}) + LAST_EVENT),
+    LAST_CHUNK,
+]
+
+
+def set_limit(proxy: ProxyHandle, key: str, **limits: int) -> None:
+    with closing(connect(proxy.database)) as connection:
+        columns, marks = ", ".join(limits), ", ".join("?" * len(limits))
+        connection.execute(
+            f"INSERT OR REPLACE INTO key_limit (api_key, {columns}) VALUES (?, {marks})",
+            (f"id-{key}", *limits.values()),
+        )
+
+
+def rate(answer: Answer) -> list[str | None]:
+    named = ("limit", "remaining", "reset")
+    return [answer.fields.get(f"x-ratelimit-{name}-requests") for name in named]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_has_the_limits_that_its_record_gives_it_and_is_told_of_them(
+    tmp_path: Path,
+) -> None:
+    async with ScriptedBackend(DONE, DONE, DONE, STREAM, DONE) as backend:
+        served = {"chat": {"url": backend.url}}
+        async with running_proxy(tmp_path, served, auth_fresh=0) as proxy:
+            assert rate(await proxy.post(CHAT, ASK, key=GREEDY)) == [None] * 3
+            set_limit(proxy, GREEDY, requests_per_minute=3)
+            assert rate(await proxy.post(CHAT, ASK, key=GREEDY)) == ["3", "2", "20s"]
+            assert rate(await proxy.post(CHAT, ASK, key=MODEST)) == [None] * 3
+            streamed = await proxy.post(CHAT, {**orjson.loads(ASK), "stream": True}, key=GREEDY)
+            assert (streamed.status, rate(streamed)[:2]) == (200, ["3", "1"])
+            wrong = await proxy.post(CHAT, b"no JSON", key=GREEDY)
+            assert (wrong.status, rate(wrong)[:2]) == (400, ["3", "0"])
+            refused = await proxy.post(CHAT, ASK, key=GREEDY)
+            assert (refused.status, rate(refused)[:2]) == (429, ["3", "0"])
+            assert 1 <= int(refused.fields["retry-after"]) <= 20
+            set_limit(proxy, GREEDY, requests_per_minute=0)
+            assert rate(await proxy.post(CHAT, ASK, key=GREEDY)) == [None] * 3
+            assert len(backend.requests) == 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_may_be_freed_of_a_limit_that_all_have(tmp_path: Path) -> None:
+    async with ScriptedBackend(DONE) as backend:
+        async with proxy_for(tmp_path, backend, requests_per_minute=1) as proxy:
+            set_limit(proxy, GREEDY, requests_per_minute=0)
+            told = [(await proxy.post(CHAT, ASK, key=GREEDY)).status for _ in range(5)]
+            assert told == [200] * 5
+            told = [(await proxy.post(CHAT, ASK, key=MODEST)).status for _ in range(2)]
+            assert told == [200, 429]
+
+
+def test_what_is_no_limit_can_t_be_written_down(tmp_path: Path) -> None:
+    prepare(tmp_path / "db.sqlite")
+    with closing(connect(tmp_path / "db.sqlite")) as connection:
+        for column in OwnLimits._fields:
+            for value in (-1, 1.5, "many", 1_000_001, b"1"):
+                with pytest.raises(sqlite3.IntegrityError):
+                    connection.execute(
+                        f"INSERT INTO key_limit (api_key, {column}) VALUES ('k', ?)", (value,)
+                    )
