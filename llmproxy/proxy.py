@@ -26,7 +26,7 @@ from llmproxy.connections import Connections, bounds, descriptors
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.exchange import Services
 from llmproxy.handover import Predecessor
-from llmproxy.health import HealthChecks, agent_fetch
+from llmproxy.health import Health, HealthChecks, agent_fetch
 from llmproxy.heartbeat import Heartbeat
 from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
@@ -43,8 +43,8 @@ from llmproxy.upstream import connect
 
 log = Logger()
 
-#: How often a drain looks whether all is done.
-DRAIN_STEP_S = 0.05
+#: How often is looked whether all is done, or known.
+STEP_S = 0.05
 #: How long exchanges that were cut may take to settle.
 CUT_S = 5.0
 #: How long after the end of a process its lock is looked at: the kernel may close others first.
@@ -228,7 +228,7 @@ class Proxy(logs.LoggingService):
     async def _relieve(self) -> None:
         if self.predecessor is not None:
             ports = self.ports + self.admin_ports
-            await relieve(self.predecessor, self.sockets, ports, self.recover)
+            await relieve(self.predecessor, self.sockets, ports, self._health, self.recover)
 
     def _announce(self) -> None:
         announce(self.config, self.ports, self.admin_ports)
@@ -298,13 +298,13 @@ class Proxy(logs.LoggingService):
     async def _part(self, site: Site, idle_s: float, until: float) -> None:
         part([site, *self._admin_sites], idle_s)
         while site.connections and time.monotonic() < until and not self._cut:
-            await deferLater(self._reactor, DRAIN_STEP_S)
+            await deferLater(self._reactor, STEP_S)
 
     async def _drain(self, services: Services, until: float) -> None:
         if services.exchanges:
             log.info("waiting for {count} requests to end", count=len(services.exchanges))
         while services.exchanges and time.monotonic() < until and not self._cut:
-            await deferLater(self._reactor, DRAIN_STEP_S)
+            await deferLater(self._reactor, STEP_S)
 
     async def _disconnect(self, site: Site) -> None:
         """Close the clients' connections; what was written is sent if they take it in time."""
@@ -312,7 +312,7 @@ class Proxy(logs.LoggingService):
             channel.close()
         until = time.monotonic() + FLUSH_S
         while site.connections and time.monotonic() < until:
-            await deferLater(self._reactor, DRAIN_STEP_S)
+            await deferLater(self._reactor, STEP_S)
         for connection in [*site.connections, *site.refused]:
             connection.abort()
 
@@ -329,6 +329,7 @@ async def relieve(
     predecessor: Predecessor,
     sockets: Sockets,
     ports: Iterable[IListeningPort],
+    health: HealthChecks[Backend],
     recover: Callable[[], None],
 ) -> None:
     """Accept clients from these ports once the predecessor accepts none; `recover` what it leaves.
@@ -336,6 +337,8 @@ async def relieve(
     Raises ConfigError.
     """
     sockets.pause()
+    while health.running and Health.UNKNOWN in health.states.values():
+        await deferLater(sockets.reactor, STEP_S)  # else nobody would be ready for a moment
     await predecessor.makes_room()
     sockets.own()
     predecessor.gone.addCallback(lambda _: sockets.reactor.callLater(RECOVER_S, recover))

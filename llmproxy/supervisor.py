@@ -121,6 +121,7 @@ class Supervisor(logs.LoggingService):
                 self.predecessor,
                 self.sockets,
                 self.admin_ports,
+                self._health,
                 lambda: self.workers.send("recover"),
             )
         for port in self.admin_ports:

@@ -119,8 +119,10 @@ async def test_one_that_says_nothing_is_given_up_and_told_to_end(
 async def test_one_that_ends_is_no_reason_not_to_try_again(
     bench: Bench, logged: list[str], tmp_path: Path
 ) -> None:
-    bench.begin(ENDS)
+    ending = bench.begin(ENDS)
     await told(logged, "not handed over: it has ended")
+    assert ending._process is not None
+    assert ending._process.wait(5) in (1, -15)
     assert not bench.relieved.called
     handover = bench.begin(READY)
     await bench.relieved
