@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from llmproxy.certificates import read_certificates, read_identity, read_key
 from llmproxy.errors import ConfigError
 from llmproxy.expiry import UNREADABLE, expiry_time
-from llmproxy.model import MAX_COUNT, MAX_LIMIT
+from llmproxy.model import MAX_COUNT
 
 DEFAULT_PATH = "config.toml"
 PATH_VARIABLE = "LLMPROXY_CONFIG"
@@ -180,7 +180,8 @@ PATH = Rule("a path", _read_path)
 TIMEOUT = _seconds(zero=False)
 INTERVAL = _seconds(zero=True)
 SIZE = _whole(1, MAX_COUNT)
-LIMIT = _whole(0, MAX_LIMIT)
+LIMIT = _whole(0, 1_000_000)
+TOKENS = _whole(0, 1_000_000_000)
 LEVEL = _one_of("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", fold=str.upper)
 HOST = _matching("an address or a host's name", lambda text: re.fullmatch(r"[^\s/]+", text))
 LABEL = _matching("a text without control characters or outer spaces", _is_label)
@@ -275,6 +276,7 @@ class KeyLimits:
 
     requests_per_minute: Annotated[int, LIMIT] = 0
     concurrent_requests: Annotated[int, LIMIT] = 0
+    tokens_per_minute: Annotated[int, TOKENS] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

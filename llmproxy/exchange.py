@@ -92,9 +92,11 @@ class Exchange:
         "_first_token_s",
         "_forward",
         "_forward_began",
+        "_held",
         "_is_cut",
         "_key_id",
         "_last_chunk",
+        "_limits",
         "_metrics",
         "_model",
         "_request",
@@ -112,6 +114,8 @@ class Exchange:
         self._forward: Forward | None = None
         self._metrics: BackendMetrics | None = None
         self._is_cut = False
+        self._limits: Limits | None = None  # those that concern the key
+        self._held = 0  # tokens
         self._began = services.monotonic()
         self._forward_began = 0.0
         self._first_token_s: float | None = None
@@ -148,9 +152,7 @@ class Exchange:
         account = await self._authenticate()
         self._key_id = account.key_id
         limits = self._services.limits
-        if limits is not None and not limits.concern(account):
-            limits = None
-        if limits is not None:
+        if limits is not None and limits.concern(account):
             self._enter(limits, account)
         try:
             model = await self._admit(account)
@@ -165,8 +167,8 @@ class Exchange:
             finally:
                 queue.leave()
         finally:  # before the client has its answer's end, and can ask again
-            if limits is not None:
-                limits.leave(account)
+            if self._limits is not None:
+                self._leave(self._limits, account)
         self._release(ending)
 
     # -- authenticate, admit ---------------------------------------------------------------
@@ -180,8 +182,20 @@ class Exchange:
     def _enter(self, limits: Limits, account: Account) -> None:
         try:
             limits.enter(account)
+            self._limits = limits
         finally:
             self._request.more_fields = limits.fields(account)
+
+    def _hold(self, limits: Limits, account: Account, most: int) -> None:
+        try:
+            self._held = limits.hold(account, most)
+        finally:
+            self._request.more_fields = limits.fields(account)
+
+    def _leave(self, limits: Limits, account: Account) -> None:
+        if self._held:  # it was not served
+            limits.correct(account, self._held, 0)
+        limits.leave(account)
 
     async def _admit(self, account: Account) -> Model:
         sent = self._request.fields
@@ -202,6 +216,9 @@ class Exchange:
         self._model = request.model
         model = self._services.backends.find(request.model, account.models)
         policy.check(endpoint, request.body, model.backend)
+        if self._limits is not None:
+            most = policy.most_tokens(endpoint, request.body, len(request.raw), model.backend)
+            self._hold(self._limits, account, most)
         continuous = model.backend.usage == "continuous"
 
         def order(route: Route) -> Order:
@@ -402,7 +419,16 @@ class Exchange:
         self._services.metrics.ledger_rows(closing.state)
         if closing.state in BILLED and self._metrics is not None:
             self._metrics.billed(closing.counts)
+        if self._limits is not None:
+            self._correct(self._limits, entry.account, closing)
         self._log(entry, closing, self._told(ending))
+
+    def _correct(self, limits: Limits, account: Account, closing: Settlement) -> None:
+        """What was held is as much as was billed; of what nobody knows, it stays."""
+        if closing.state in BILLED:
+            taken = sum(n for kind, n in closing.counts.items() if kind is not Kind.TRANSCRIPTION)
+            limits.correct(account, self._held, taken)
+        self._held = 0
 
     def _release(self, ending: Ending) -> None:
         last = ending.last

@@ -1,7 +1,7 @@
 """What each key may ask for: how often, and how much at once. Pure.
 
-enter(account)  -->  the request is served  -->  leave(account)
-    \\--> TooManyRequests
+enter(account)  -->  hold(tokens)  -->  the request is served  -->  correct, leave
+    \\--> TooManyRequests    \\--> TooManyRequests
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Limits:
     ) -> None:
         self._settings = limits
         self._limit_all = limits != KeyLimits()
-        self._requests = Buckets(1)
+        self._requests, self._tokens = Buckets(1), Buckets(1)
         #: How many requests of a key are in flight; keys that have none are not in it.
         self.running: dict[str, int] = {}
         self._monotonic = monotonic
@@ -75,13 +75,43 @@ class Limits:
         else:
             del self.running[account.key_id]
 
+    def hold(self, account: Account, most: int) -> int:
+        """Set aside what the request can take at most, in tokens; `correct` must follow with what
+        is returned. Raises TooManyRequests, and then it must not.
+
+        What is over the limit of a minute waits for all of it, and what it has really taken is then
+        owed: an estimate must not keep a request out for ever.
+        """
+        per_minute = self.of(account).tokens_per_minute
+        if not per_minute:
+            return 0
+        held = min(most, per_minute)
+        wait_s = self._tokens.take(account.key_id, self._monotonic(), per_minute, held)
+        if wait_s:
+            self._refused("tokens_per_minute")
+            raise TooManyRequests(
+                f"This API key may use {per_minute} tokens per minute, and the request may take"
+                f" {most}.",
+                wait_s=wait_s,
+            )
+        return held
+
+    def correct(self, account: Account, held: int, taken: int) -> None:
+        """The request for which `held` was set aside has taken so many tokens."""
+        per_minute = self.of(account).tokens_per_minute
+        if per_minute and held != taken:
+            self._tokens.charge(account.key_id, self._monotonic(), per_minute, taken - held)
+
     def fields(self, account: Account) -> list[tuple[bytes, bytes]]:
         """What an answer to this key says of its limits now, as OpenAI's do.
 
         https://platform.openai.com/docs/guides/rate-limits
         """
-        per_minute = self.of(account).requests_per_minute
-        return _fields(b"requests", self._requests, account, self._monotonic(), per_minute)
+        limits, now = self.of(account), self._monotonic()
+        return [
+            *_fields(b"Requests", self._requests, account, now, limits.requests_per_minute),
+            *_fields(b"Tokens", self._tokens, account, now, limits.tokens_per_minute),
+        ]
 
 
 def _fields(

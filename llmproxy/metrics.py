@@ -58,6 +58,7 @@ ERROR_TYPES = frozenset({"connect", "timeout", "refused", "truncated", "stalled"
 #: The settings for which a request is refused with 429.
 LIMITS = (
     *("failed_keys_per_minute", "requests_per_minute", "concurrent_requests"),
+    "tokens_per_minute",
     "max_concurrent",
 )
 

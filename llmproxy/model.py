@@ -60,11 +60,12 @@ class OwnLimits(NamedTuple):
 
     requests_per_minute: int | None = None
     concurrent_requests: int | None = None
+    tokens_per_minute: int | None = None
 
 
 NO_LIMITS = OwnLimits()
-#: The largest limit.
-MAX_LIMIT = 1_000_000
+#: The largest ones.
+LARGEST = OwnLimits(1_000_000, 1_000_000, 1_000_000_000)
 
 
 class Account(NamedTuple):

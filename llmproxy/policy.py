@@ -89,6 +89,9 @@ _LENGTHS = (
     *("n_predict", "min_tokens"),
 )
 
+#: Of text: what most tokenizers make of English.
+BYTES_PER_TOKEN = 4
+
 _WATCHED = frozenset([*REFUSED, *_REFUSED_WITHIN, "encoding_format"])
 #: Fields that are looked at here, in the one spelling that they may have.
 NAMES = _WATCHED.union(_ANSWERS, _PROMPTS, _LENGTHS, *_BATCHES.values(), media.NAMES)
@@ -125,6 +128,23 @@ def choices(body: Mapping[str, Any]) -> int:
         return 1
     prompts = sum(_items(body.get(name)) for name in _PROMPTS)
     return max(prompts, 1) * max(_count(body, name) for name in _ANSWERS)
+
+
+def most_tokens(endpoint: Endpoint, body: Mapping[str, Any], size: int, backend: Backend) -> int:
+    """How many tokens a request takes at most, estimated: a token for 4 of the body's `size` bytes,
+    and the length that it asks for with each of its answers.
+
+    Where it names none, that is the one that the model gives, if that is known. Nothing takes more
+    than the model's context for an answer.
+    """
+    if endpoint.shape is Shape.FREE:
+        return 0
+    asked = [n for name in _LENGTHS if type(n := body.get(name)) is int and n >= 0]
+    length = 0 if endpoint.shape is _EMBEDDING else max(asked, default=backend.max_tokens or 0)
+    prompt, answers = size // BYTES_PER_TOKEN + 1, choices(body)
+    if backend.max_model_len is not None:
+        prompt, length = (min(n, backend.max_model_len) for n in (prompt, length))
+    return prompt + answers * length
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:

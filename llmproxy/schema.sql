@@ -25,7 +25,10 @@ CREATE TABLE IF NOT EXISTS key_limit (
 			AND requests_per_minute BETWEEN 0 AND 1000000),
 	concurrent_requests INTEGER
 		CHECK (concurrent_requests IS NULL OR typeof(concurrent_requests) = 'integer'
-			AND concurrent_requests BETWEEN 0 AND 1000000)
+			AND concurrent_requests BETWEEN 0 AND 1000000),
+	tokens_per_minute INTEGER
+		CHECK (tokens_per_minute IS NULL OR typeof(tokens_per_minute) = 'integer'
+			AND tokens_per_minute BETWEEN 0 AND 1000000000)
 ) WITHOUT ROWID;
 
 CREATE TABLE IF NOT EXISTS event_oneoff (

@@ -188,6 +188,10 @@ def test_backends_can_not_be_changed() -> None:
             "limits.requests_per_minute = 0.5",
             "limits.requests_per_minute: expected a whole number, 0 to 1000000, got 0.5",
         ),
+        (
+            "limits.tokens_per_minute = -1",
+            "limits.tokens_per_minute: expected a whole number, 0 to 1000000000, got -1",
+        ),
         ("ledger.path = 1", "ledger.path: expected a path, got 1"),
         ("port = 2020-01-01", 'port: expected a whole number, 0 to 65535, got "2020-01-01"'),
     ],

@@ -28,6 +28,13 @@ class Door:
             return False
         return True
 
+    def retried(self) -> bool:
+        """Whether there is a token."""
+        try:
+            return self.limits.hold(ALICE, 1) == 1
+        except TooManyRequests:
+            return False
+
     def retry_after(self) -> str:
         """What a request that is not let in is told."""
         with pytest.raises(TooManyRequests) as refused:
@@ -139,3 +146,56 @@ def test_a_key_is_told_what_is_left_and_when_all_of_it_is_there_again() -> None:
 
 def test_where_requests_are_not_limited_nothing_is_told() -> None:
     assert told(Door(concurrent_requests=1)) == []
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+
+def test_what_a_request_may_take_is_held_and_then_what_it_took() -> None:
+    door = Door(tokens_per_minute=100)
+    assert door.limits.hold(ALICE, 80) == 80
+    with pytest.raises(TooManyRequests) as refused:
+        door.limits.hold(ALICE, 30)
+    assert refused.value.headers["Retry-After"] == "6"
+    assert door.refused == ["tokens_per_minute"]
+    assert door.limits.hold(BOB, 30) == 30
+    door.limits.correct(ALICE, 80, 10)
+    assert told(door) == ["100", "90", "6s"]
+    assert door.limits.hold(ALICE, 90) == 90
+
+
+def test_what_was_taken_beyond_what_was_held_is_owed() -> None:
+    door = Door(tokens_per_minute=60)
+    assert door.limits.hold(ALICE, 10) == 10
+    door.limits.correct(ALICE, 10, 180)
+    assert told(door) == ["60", "0", "3m0s"]
+    door.now += 179
+    assert door.limits.hold(ALICE, 59) == 59
+
+
+def test_a_request_over_the_limit_of_a_minute_waits_for_all_of_it() -> None:
+    door = Door(tokens_per_minute=60)
+    assert door.limits.hold(ALICE, 1) == 1
+    for _ in range(2):
+        with pytest.raises(TooManyRequests) as refused:
+            door.limits.hold(ALICE, 10**9)
+        assert refused.value.headers["Retry-After"] == "1"
+    door.now += 1
+    assert door.limits.hold(ALICE, 10**9) == 60
+
+
+def test_an_absurd_count_keeps_a_key_out_for_an_hour_and_not_for_ever() -> None:
+    door = Door(tokens_per_minute=1)
+    door.limits.correct(ALICE, door.limits.hold(ALICE, 1), 2**63 - 1)
+    door.now += 3600
+    assert door.retried() is False
+    door.now += 60
+    assert door.retried() is True
+
+
+def test_where_tokens_are_not_limited_none_is_held() -> None:
+    door = Door(requests_per_minute=1)
+    free = Account("bob", limits=OwnLimits(tokens_per_minute=0))
+    assert (door.limits.hold(ALICE, 10**9), door.limits.hold(free, 1)) == (0, 0)
+    door.limits.correct(ALICE, 0, 10**9)
+    assert told(door) == ["1", "1", "0ms"]

@@ -253,6 +253,7 @@ async def test_a_key_may_be_limited_to_models(server: Mongod, models: object, al
         ({"requests_per_minute": 60}, OwnLimits(60, None)),
         ({"requests_per_minute": 60.0, "concurrent_requests": Int64(0)}, OwnLimits(60, 0)),
         ({"requests_per_minute": None, "concurrent_requests": 1_000_000}, OwnLimits(None, 10**6)),
+        ({"tokens_per_minute": 10**9}, OwnLimits(tokens_per_minute=10**9)),
     ],
 )
 @pytest_twisted.ensureDeferred

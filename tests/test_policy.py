@@ -209,3 +209,30 @@ def test_whatever_a_body_holds_it_passes_or_is_refused(body, path):
     for each in (body, kept):
         with suppress(BadRequest):
             check(each, ENDPOINTS[path], max_tokens=100)
+
+
+# -- tokens ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "settings", "most"),
+    [
+        ("/v1/chat/completions", {}, {}, 101),
+        ("/v1/chat/completions", {"max_tokens": 50}, {}, 151),
+        ("/v1/chat/completions", {"max_tokens": 50, "max_completion_tokens": 70}, {}, 171),
+        ("/v1/chat/completions", {"max_tokens": 50, "n": 3}, {}, 251),
+        ("/v1/completions", {"max_tokens": 50, "prompt": ["a", "b"], "n": 2}, {}, 301),
+        ("/v1/responses", {"max_output_tokens": 9}, {}, 110),
+        ("/v1/chat/completions", {}, {"max_tokens": 1000}, 1101),
+        ("/v1/chat/completions", {"max_tokens": 50}, {"max_tokens": 1000}, 151),
+        ("/v1/chat/completions", {"max_tokens": 10**9}, {"max_model_len": 80}, 160),
+        ("/v1/chat/completions", {"max_tokens": None}, {}, 101),
+        ("/v1/chat/completions", {"max_tokens": -1}, {}, 101),
+        ("/v1/chat/completions", {"max_tokens": "many"}, {}, 101),
+        ("/v1/embeddings", {"max_tokens": 50}, {"max_tokens": 1000}, 101),
+        ("/v1/messages/count_tokens", {"max_tokens": 50}, {}, 0),
+    ],
+)
+def test_tokens_are_estimated_from_size_and_length(path, body, settings, most):
+    backend = Backend(name="m", url="http://b:1", device="gpu", **settings)
+    assert policy.most_tokens(ENDPOINTS[path], body, 400, backend) == most

@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Iterable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from llmproxy.config import Config
@@ -24,7 +25,7 @@ from llmproxy.ctl.common import (
     transaction,
 )
 from llmproxy.expiry import UNREADABLE, expiry_time, is_valid
-from llmproxy.model import MAX_LIMIT, utcnow
+from llmproxy.model import LARGEST, utcnow
 
 #: Random bytes in a key.
 KEY_BYTES = 64
@@ -36,6 +37,7 @@ DEFAULT = "default"
 LIMITS = {
     "requests_per_minute": "requests of this key in a minute",
     "concurrent_requests": "requests of this key in flight at once",
+    "tokens_per_minute": "tokens of this key in a minute",
 }
 
 
@@ -84,17 +86,17 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     for name, what in LIMITS.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=_number_or_default,
+            type=partial(_number_or_default, getattr(LARGEST, name)),
             metavar="N",
             help=f"{what}; 0: no limit, default: that of the configuration",
         )
 
 
-def _number_or_default(text: str) -> int | str:
+def _number_or_default(most: int, text: str) -> int | str:
     if text == DEFAULT:
         return text
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_LIMIT):
-        raise argparse.ArgumentTypeError(f"not a whole number, 0 to {MAX_LIMIT}, or default")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+        raise argparse.ArgumentTypeError(f"not a whole number, 0 to {most}, or default")
     return int(text)
 
 

@@ -22,7 +22,7 @@ from zope.interface import implementer
 
 from llmproxy.errors import ConfigError, StorageError
 from llmproxy.expiry import UNREADABLE
-from llmproxy.model import MAX_LIMIT, Account, Event, OwnLimits, utcnow
+from llmproxy.model import LARGEST, Account, Event, OwnLimits, utcnow
 from llmproxy.storage import IAccounts, IEventSink
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import KEY, MongoAddress, Resolver, parse, resolve, system_resolver
@@ -121,17 +121,17 @@ def _own_limits(limits: Any) -> OwnLimits | None:
         return None
     if not isinstance(limits, dict) or not limits.keys() <= set(OwnLimits._fields):
         raise ValueError(limits)
-    return OwnLimits(**{name: _limit(value) for name, value in limits.items()})
+    return OwnLimits(**{name: _limit(name, value) for name, value in limits.items()})
 
 
-def _limit(value: Any) -> int | None:
+def _limit(name: str, value: Any) -> int | None:
     if value is None:
         return None
     # Some of MongoDB's shells make doubles of all numbers.
     is_whole = (
         isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
     )
-    if not is_whole or not 0 <= value <= MAX_LIMIT:
+    if not is_whole or not 0 <= value <= getattr(LARGEST, name):
         raise ValueError(value)
     return int(value)
 

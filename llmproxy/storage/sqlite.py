@@ -34,7 +34,7 @@ PREPARE_RETRY_S = 0.02
 
 FIND_KEY = """SELECT id, expires,
     (SELECT json_group_array(model) FROM key_model WHERE key_model.api_key = api_key.id),
-    requests_per_minute, concurrent_requests
+    requests_per_minute, concurrent_requests, tokens_per_minute
     FROM api_key LEFT JOIN key_limit ON key_limit.api_key = api_key.id
     WHERE secret = ? AND type = 'LLM'"""
 

@@ -36,7 +36,7 @@ from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 
-from llmproxy.model import OwnLimits
+from llmproxy.model import LARGEST, OwnLimits
 from llmproxy.storage.sqlite import connect, prepare
 
 reactor: Any = _reactor
@@ -316,8 +316,58 @@ def test_what_is_no_limit_can_t_be_written_down(tmp_path: Path) -> None:
     prepare(tmp_path / "db.sqlite")
     with closing(connect(tmp_path / "db.sqlite")) as connection:
         for column in OwnLimits._fields:
-            for value in (-1, 1.5, "many", 1_000_001, b"1"):
+            for value in (-1, 1.5, "many", getattr(LARGEST, column) + 1, b"1"):
                 with pytest.raises(sqlite3.IntegrityError):
                     connection.execute(
                         f"INSERT INTO key_limit (api_key, {column}) VALUES ('k', ?)", (value,)
                     )
+
+
+def tokens(answer: Answer) -> list[str | None]:
+    named = ("limit", "remaining")
+    return [answer.fields.get(f"x-ratelimit-{name}-tokens") for name in named]
+
+
+@pytest_twisted.ensureDeferred
+async def test_tokens_are_held_before_a_request_and_put_right_after_it(tmp_path: Path) -> None:
+    gate: Deferred[None] = Deferred()
+    script: Any = ([Wait(gate), DONE], json_answer(422, {"error": {}}), STREAM, DONE)
+    async with ScriptedBackend(*script) as backend:
+        async with proxy_for(tmp_path, backend, tokens_per_minute=1000) as proxy:
+            long = {**orjson.loads(ASK), "max_tokens": 900}
+            waiting = await proxy.open()
+            waiting.send(request_bytes("POST", CHAT, orjson.dumps(long)))
+            await backend.request()
+            refused = await proxy.post(CHAT, long)
+            assert (refused.status, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert 40 <= int(refused.fields["retry-after"]) <= 60
+            assert tokens(refused)[0] == "1000"
+            assert (await proxy.post(CHAT, long, key=MODEST)).status == 422
+            gate.callback(None)
+            await waiting.when(lambda received: Answer(received).whole)
+            (limit, left), status = tokens(waiting.answer()), waiting.answer().status
+            assert (status, limit) == (200, "1000")
+            assert left is not None
+            assert 50 <= int(left) <= 90
+            await waiting.close()
+            # 5 were used, and what was held for the refusal of the other key's is there again.
+            for key in (GREEDY, MODEST):
+                again = await proxy.post(CHAT, {**long, "stream": key == GREEDY}, key=key)
+                assert again.status == 200
+            assert len(backend.requests) == 4
+
+
+@pytest_twisted.ensureDeferred
+async def test_tokens_that_were_held_for_what_was_not_served_are_given_back(
+    tmp_path: Path,
+) -> None:
+    async with ScriptedBackend(Close(), DONE) as backend:
+        served = {"chat": {"url": backend.url}, "gone": {"url": "http://127.0.0.1:1"}}
+        limits = {"tokens_per_minute": 1000}
+        async with running_proxy(tmp_path, served, limits=limits) as proxy:
+            long = {**orjson.loads(ASK), "max_tokens": 900}
+            for _ in range(3):
+                assert (await proxy.post(CHAT, {**long, "model": "gone"})).status == 502
+                assert (await proxy.post(CHAT, {**long, "model": "none"})).status == 404
+            assert (await proxy.post(CHAT, long)).status == 502  # nobody knows what it took
+            assert (await proxy.post(CHAT, long)).status == 429
