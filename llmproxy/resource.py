@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import cast
 from urllib.parse import unquote_to_bytes
 
@@ -192,8 +193,10 @@ class UsageResource(KeyedResource):
             used = await self._usage.of(account.key_id, since, until)
         except StorageError:
             raise Unavailable("Usage can't be read right now; try again shortly.") from None
-        is_all = not self._services.config.db.is_mongodb
-        return usage_report.report(used, since, until, usage_report.SCOPES[not is_all])
+        config, limits = self._services.config, self._services.limits
+        scope = usage_report.SCOPES[config.db.is_mongodb]
+        own = config.limits if limits is None else limits.of(account)
+        return usage_report.report(used, since, until, scope, asdict(own))
 
 
 def make_root(services: Services, started: int, usage: IUsage | None = None) -> IResource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 from itertools import groupby
 from typing import Any
@@ -55,8 +55,10 @@ def _day(given: dict[str, list[str]], name: str) -> date | None:
     raise BadRequest(f"'{name}' must be one day like 2026-01-31.", param=name)
 
 
-def report(used: Sequence[Used], since: date, until: date, scope: str) -> bytes:
-    """The answer's JSON; `scope` is one of `SCOPES`.
+def report(
+    used: Sequence[Used], since: date, until: date, scope: str, limits: Mapping[str, int]
+) -> bytes:
+    """The answer's JSON; `scope` is one of `SCOPES`, and `limits` are the key's, 0 for none.
 
     What was used in several currencies, or without a price, has a line for each.
     """
@@ -67,6 +69,7 @@ def report(used: Sequence[Used], since: date, until: date, scope: str) -> bytes:
         "scope": scope,
         "since": str(since),
         "until": str(until),
+        "limits": {name: limit or None for name, limit in limits.items()},
         "data": [
             {"object": "usage", "day": day, "model": model, **_sums(list(group))}
             for (day, model, _), group in groupby(

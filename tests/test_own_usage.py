@@ -76,7 +76,7 @@ def test_a_year_can_be_had_at_once() -> None:
 
 
 def told(used: Sequence[Used]) -> dict[str, Any]:
-    return dict(orjson.loads(report(used, TODAY, TODAY, "all")))
+    return dict(orjson.loads(report(used, TODAY, TODAY, "all", {})))
 
 
 def used(prompt: int, price: Price | None, requests: int = 1) -> Used:
@@ -108,7 +108,8 @@ def test_a_sum_that_is_too_large_is_the_largest() -> None:
 async def test_a_key_sees_what_it_was_billed_and_no_other_key_s(tmp_path: Path) -> None:
     async with ScriptedBackend(DONE) as backend:
         served = {"chat": {"url": backend.url}, "free": {"url": backend.url}}
-        async with running_proxy(tmp_path, served, prices=PRICES) as proxy:
+        limits = {"requests_per_minute": 600}
+        async with running_proxy(tmp_path, served, prices=PRICES, limits=limits) as proxy:
             for model in ("chat", "chat", "free"):
                 assert (await proxy.post("/v1/chat/completions", {**CHAT, "model": model})).status
             await proxy.post("/v1/chat/completions", CHAT, key="token3")
@@ -140,6 +141,11 @@ async def test_a_key_sees_what_it_was_billed_and_no_other_key_s(tmp_path: Path) 
             assert (answer.status, shown["scope"]) == (200, "all")
             assert shown["since"] == str(today.replace(day=1))
             assert shown["data"] == [line | chat, line | free]
+            assert shown["limits"] == {
+                "requests_per_minute": 600,
+                "concurrent_requests": None,
+                "tokens_per_minute": None,
+            }
             assert [x["requests"] for x in shown["totals"]] == [1, 2]
             before = await proxy.get("/v1/usage?since=2026-01-01&until=2026-01-02")
             assert (before.json()["data"], before.json()["totals"]) == ([], [])
