@@ -184,6 +184,14 @@ def test_an_earlier_ledger_is_added_up_once_however_many_start(
     assert sums(file)["2026-01-31", "a", "chat", 7] == [26, 78, 52, 0, 0]
 
 
+def test_sums_whose_trigger_was_lost_are_made_again(path: Path, file: sqlite3.Connection) -> None:
+    write(file, entry("before"), closed())
+    file.execute("DROP TRIGGER usage_row")
+    write(file, entry("missed"), closed())
+    prepare(path)
+    assert sums(file) == {("2026-01-31", "alice", "chat", 7): [2, 6, 4, 0, 0]}
+
+
 def test_a_program_of_an_earlier_version_that_still_runs_is_counted_too(
     path: Path, file: sqlite3.Connection
 ) -> None:

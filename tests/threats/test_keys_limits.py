@@ -371,3 +371,25 @@ async def test_tokens_that_were_held_for_what_was_not_served_are_given_back(
                 assert (await proxy.post(CHAT, {**long, "model": "none"})).status == 404
             assert (await proxy.post(CHAT, long)).status == 502  # nobody knows what it took
             assert (await proxy.post(CHAT, long)).status == 429
+
+
+@pytest_twisted.ensureDeferred
+async def test_so_are_those_of_a_request_for_which_there_was_no_place(tmp_path: Path) -> None:
+    gate: Deferred[None] = Deferred()
+    async with ScriptedBackend([Wait(gate), DONE], DONE) as backend:
+        served: Any = {
+            "busy": {"url": backend.url, "max_concurrent": 1},
+            "chat": {"url": backend.url},
+        }
+        limits = {"tokens_per_minute": 1000}
+        async with running_proxy(tmp_path, served, limits=limits) as proxy:
+            long = {**orjson.loads(ASK), "max_tokens": 900}
+            first = await proxy.open()
+            body = orjson.dumps({**long, "model": "busy"})
+            first.send(request_bytes("POST", CHAT, body, key=MODEST))
+            await backend.request()
+            assert (await proxy.post(CHAT, {**long, "model": "busy"}, key=GREEDY)).status == 429
+            assert (await proxy.post(CHAT, long, key=GREEDY)).status == 200
+            gate.callback(None)
+            await first.when(lambda received: Answer(received).whole)
+            await first.close()
