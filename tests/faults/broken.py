@@ -33,10 +33,10 @@ SetAttribute = Callable[[Any, str, Any], object]
 def bill_after_release(set_attribute: SetAttribute) -> None:
     async def serve(self: Any) -> None:
         account = await self._authenticate()
-        order = await self._admit()
-        entry = self._entry(account, order)
+        model = await self._admit(account)
+        entry = self._entry(account, model.backend)
         await self._open(entry)
-        ending = await self._send(entry, order)
+        ending = await self._send(entry, model)
         self._release(ending)
         await deferLater(self._services.clock, 0.02)
         await self._settle(entry, ending)
