@@ -1,4 +1,4 @@
-"""The proxy on a system whose clock leaps: on by a day at SIGUSR1, back by a day at SIGUSR2.
+"""The proxy on a system whose clock leaps: on by a day at `FORWARD`, back by a day at `BACK`.
 
     python leaping.py -c config.toml
 
@@ -13,6 +13,8 @@ import time
 from datetime import datetime, timedelta, tzinfo
 from typing import Self
 
+# The others mean something to the proxy, or end it.
+FORWARD, BACK = signal.SIGRTMIN, signal.SIGRTMIN + 1
 DAY_S = 24 * 3600.0
 
 _seconds, _nanoseconds = time.time, time.time_ns
@@ -34,8 +36,8 @@ def main() -> None:
     # Before anything has taken them from their modules.
     time.time = lambda: _seconds() + _leapt_s
     time.time_ns = lambda: _nanoseconds() + int(_leapt_s * 1e9)
-    signal.signal(signal.SIGUSR1, lambda *_: leap(DAY_S))
-    signal.signal(signal.SIGUSR2, lambda *_: leap(-DAY_S))
+    signal.signal(FORWARD, lambda *_: leap(DAY_S))
+    signal.signal(BACK, lambda *_: leap(-DAY_S))
     from llmproxy import model
     from llmproxy.__main__ import main as run
 

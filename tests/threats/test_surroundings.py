@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from leaping import BACK, FORWARD
 from load import Load, until
 from rig import Rig, ended
 from server_process import get_status
@@ -61,7 +62,7 @@ def test_a_clock_that_leaps_by_a_day_changes_no_answer_and_no_bill(tmp_path: Pat
 
     async def story() -> None:
         async with trial.running() as process:
-            for leap in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGUSR2):
+            for leap in (FORWARD, BACK, BACK):
                 process.send_signal(leap)
                 await goes_on()
             await trial.settled()
