@@ -172,6 +172,7 @@ def logged_errors() -> Iterator[LoggedErrors]:
     yield logged
     leftovers.settle()
     gc.collect()
+    gc.freeze()  # what is still used need not be looked through after each of thousands of tests
     globalLogPublisher.removeObserver(logged)
     found = logged.described() + leftovers.described()
     leftovers.remove()
