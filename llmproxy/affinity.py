@@ -23,7 +23,7 @@ def affinity(body: Mapping[str, Any]) -> bytes:
     for name in ("messages", "input"):
         turns = body.get(name)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-            return _bytes([body.get("system"), body.get("instructions"), _first(turns)])
+            return orjson.dumps([body.get("system"), body.get("instructions"), _first(turns)])
     prompt = body.get("prompt", body.get("input") if "instructions" in body else None)
     return prompt[:PROMPT_HEAD].encode() if isinstance(prompt, str) else b""
 
@@ -34,7 +34,3 @@ def _first(turns: list[Any]) -> list[Any]:
         if isinstance(turn, dict) and turn.get("role") == "user":
             return turns[:number]
     return turns[:1]
-
-
-def _bytes(value: object) -> bytes:
-    return orjson.dumps(value)

@@ -626,11 +626,7 @@ class _Reader:
         if not isinstance(section, list):
             self._refuse(where, "expected a list of tables")
             return ()
-        found = [
-            self.section(Replica, each, (*where[:-1], f"{where[-1]}[{n}]"))
-            for n, each in enumerate(section)
-        ]
-        replicas = tuple(each for each in found if each is not None)
+        replicas = self._listed(Replica, section, where)
         if len({each.url for each in replicas}) < len(replicas):
             self._refuse(where, "two of them have the same url")
         return replicas
@@ -647,14 +643,18 @@ class _Reader:
 
     def _price_entries(self, section: object, where: Where) -> tuple[PriceEntry, ...]:
         listed = section if isinstance(section, list) else [section]
-        found = [
-            self.section(PriceEntry, each, (*where[:-1], f"{where[-1]}[{n}]"))
-            for n, each in enumerate(listed)
-        ]
-        entries = [each for each in found if each is not None]
+        entries = self._listed(PriceEntry, listed, where)
         if len({each.valid_from for each in entries}) < len(entries):
             self._refuse(where, "two prices are valid from the same time on")
-        return tuple(entries)
+        return entries
+
+    def _listed(self, cls: type[T], sections: list[object], where: Where) -> tuple[T, ...]:
+        """A list of tables, each as a `cls`; those with errors are left out."""
+        found = [
+            self.section(cls, each, (*where[:-1], f"{where[-1]}[{n}]"))
+            for n, each in enumerate(sections)
+        ]
+        return tuple(each for each in found if each is not None)
 
     def _setting(
         self, rule: Rule, section: Mapping[str, object], where: Where, key: str
