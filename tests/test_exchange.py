@@ -29,6 +29,7 @@ from backend import (
 from proxy import Answer, request_bytes, running_proxy
 from twisted.internet.defer import Deferred
 
+from llmproxy import rewrite
 from llmproxy.exchange import Exchange
 from llmproxy.forward import Admitted
 from llmproxy.storage.sqlite import connect
@@ -659,6 +660,22 @@ async def test_a_body_is_kept_no_longer_than_it_can_be_needed(
             assert [each() for each in kept] == [None]
             hold.callback(None)
             await client.closed
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_request_that_we_can_not_make_leaves_a_closed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_logged_errors: Any
+) -> None:
+    def broken(*args: Any, **options: Any) -> bytes:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(rewrite, "body_for", broken)
+    async with ScriptedBackend([json_answer(200, COMPLETION)]) as backend:
+        async with proxy_for(tmp_path, backend) as proxy:
+            assert (await proxy.post(CHAT, ASK)).status == 500
+            assert proxy.rows() == [("settled", "refused", None, None)]
+            assert backend.received == 0
+    assert len(flush_logged_errors(RuntimeError)) == 1
 
 
 @pytest_twisted.ensureDeferred

@@ -9,12 +9,10 @@ The counters are those of vLLM (https://docs.vllm.ai/en/latest/usage/metrics.htm
 from __future__ import annotations
 
 import argparse
-import http.client
 import os
 import sqlite3
 import ssl
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llmproxy import config
 from llmproxy.config import Backend, Config
-from llmproxy.ctl.common import CommandError, add_format, emit, opened, say
+from llmproxy.ctl.common import CommandError, add_format, emit, opened, read_page, say
 from llmproxy.ctl.usage import summed
 from llmproxy.model import Kind, utcnow
 from llmproxy.storage.sqlite import to_text
@@ -34,8 +32,6 @@ PROMPT = "vllm:prompt_tokens_total"
 COMPLETION = "vllm:generation_tokens_total"
 MODEL_LABEL = "model_name"
 #: More than any server's metrics.
-MAX_BYTES = 2**24
-FETCH_TIMEOUT_S = 10.0
 #: How long after its last answer a backend may take to count it.
 LAG_S = 1.0
 
@@ -281,20 +277,7 @@ def fetch(backend: Backend) -> str:
     request = urllib.request.Request(url)
     if backend.token:
         request.add_unredirected_header("Authorization", f"Bearer {backend.token}")
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),
-        urllib.request.HTTPSHandler(context=_tls(backend)),
-        _NoRedirect,
-    )
-    try:
-        with opener.open(request, timeout=FETCH_TIMEOUT_S) as response:
-            content: bytes = response.read(MAX_BYTES)
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise CommandError(f"{url} answers with status {error.code}") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"{url}: {getattr(error, 'reason', None) or error}") from error
-    return content.decode("utf-8", "replace")
+    return read_page(request, urllib.request.HTTPSHandler(context=_tls(backend)), _NoRedirect())
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmproxy.config import Config, servers_of
-from llmproxy.ctl.common import CommandError, Row, add_format, emit
+from llmproxy.ctl.common import CommandError, Row, add_format, emit, read_page
 
-FETCH_TIMEOUT_S = 5.0
 COLUMNS = ("model", "server", "state", "in_flight", "circuit", "waiting")
 
 # Twisted's endpoint strings: a colon within a value has a backslash before it.
@@ -38,7 +34,7 @@ def add_parser(groups: Any) -> None:
 
 def _backends(arguments: argparse.Namespace, config: Config) -> int:
     url = arguments.url or admin_url(config)
-    emit(COLUMNS, rows(fetch(f"{url.rstrip('/')}/metrics"), config), arguments.format)
+    emit(COLUMNS, rows(read_page(f"{url.rstrip('/')}/metrics"), config), arguments.format)
     return 0
 
 
@@ -88,17 +84,3 @@ def _values(exposition: str, name: str) -> Found:
         }
     except (ValueError, KeyError, IndexError) as error:
         raise CommandError("the proxy's metrics can't be read") from error
-
-
-def fetch(url: str) -> str:
-    """The metrics at this URL. Raises CommandError."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=FETCH_TIMEOUT_S) as response:
-            content: bytes = response.read()
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise CommandError(f"{url} answers with status {error.code}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise CommandError(f"{url}: {getattr(error, 'reason', None) or error}") from error
-    return content.decode("utf-8", "replace")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import http.client
 import json
 import sqlite3
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -19,6 +22,8 @@ from llmproxy.storage.sqlite import make_file, migrate, to_text
 
 #: How long a statement waits for the proxy's commits.
 BUSY_TIMEOUT_S = 5.0
+#: How long a page may take, and how much of it is read.
+FETCH_TIMEOUT_S, MAX_BYTES = 10.0, 2**24
 FORMATS = ("table", "csv", "json")
 
 Row = Sequence[object]
@@ -124,6 +129,21 @@ def period(column: str, arguments: argparse.Namespace) -> tuple[str, list[str]]:
     given = [(sign, to_text(time)) for sign, time in bounds if time is not None]
     condition = " AND ".join(["1", *(f"{column} {sign} ?" for sign, _ in given)])
     return condition, [text for _, text in given]
+
+
+def read_page(page: urllib.request.Request | str, *handlers: urllib.request.BaseHandler) -> str:
+    """The text at a URL, past any proxy of the environment. Raises CommandError."""
+    url = page if isinstance(page, str) else page.full_url
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), *handlers)
+    try:
+        with opener.open(page, timeout=FETCH_TIMEOUT_S) as response:
+            content: bytes = response.read(MAX_BYTES)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise CommandError(f"{url} answers with status {error.code}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise CommandError(f"{url}: {getattr(error, 'reason', None) or error}") from error
+    return content.decode("utf-8", "replace")
 
 
 def say(text: str) -> None:
