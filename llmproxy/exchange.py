@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 
-from llmproxy import audio, dialects, headers, policy, rewrite
-from llmproxy.affinity import affinity
-from llmproxy.agent import BytesBody
+from llmproxy import dialects
+from llmproxy.admission import Admission
 from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
 from llmproxy.backends import Backends, Model, Route
@@ -27,7 +25,7 @@ from llmproxy.billing import NOTHING, settlement
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
 from llmproxy.downstream import Downstream
-from llmproxy.endpoints import Body, Dialect, Endpoint
+from llmproxy.endpoints import Dialect, Endpoint
 from llmproxy.errors import (
     CLIENT_GONE,
     BackendTimeout,
@@ -35,23 +33,19 @@ from llmproxy.errors import (
     StorageError,
     TooManyRequests,
     Unavailable,
-    UnsupportedMediaType,
 )
 from llmproxy.failover import may_be_repeated, went_well
-from llmproxy.form import Form
 from llmproxy.forward import Admitted, Ending, Forward, Order, Timing
 from llmproxy.framing import Fields
-from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.limits import Limits
 from llmproxy.logs import Logger
-from llmproxy.meter import StreamMeter, read_answer
+from llmproxy.meter import StreamMeter
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Attempt, Entry, Kind, Outcome, Settlement, State, utcnow
-from llmproxy.outline import Outliner
 from llmproxy.prices import PriceList
 from llmproxy.queueing import FairQueue
 from llmproxy.storage import ILedger
-from llmproxy.upload import BLOCK, ClientGone
+from llmproxy.upload import ClientGone
 from llmproxy.upstream import NotSent
 
 if TYPE_CHECKING:
@@ -85,6 +79,7 @@ class Exchange:
     """One request of a client, from its header to the settlement of its row."""
 
     __slots__ = (
+        "_admission",
         "_admitted",
         "_began",
         "_down",
@@ -98,7 +93,6 @@ class Exchange:
         "_last_chunk",
         "_limits",
         "_metrics",
-        "_model",
         "_request",
         "_services",
     )
@@ -109,7 +103,9 @@ class Exchange:
         self._services = services
         self._down = Downstream(request, services.clock, services.config.timeout_read)
         self._key_id: str | None = None
-        self._model: str | None = None
+        self._admission = Admission(
+            endpoint, request, services.config, services.backends, services.clock
+        )
         self._admitted: Admitted | None = None
         self._forward: Forward | None = None
         self._metrics: BackendMetrics | None = None
@@ -198,106 +194,11 @@ class Exchange:
         limits.leave(account)
 
     async def _admit(self, account: Account) -> Model:
-        sent = self._request.fields
-        if b"content-encoding" in sent:
-            raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
-        if self._endpoint.body is Body.MULTIPART:
-            self._admitted = await self._admit_form(sent, account)
-        else:
-            self._admitted = await self._admit_json(sent, account)
-        return self._admitted.model
-
-    async def _admit_json(self, sent: Fields, account: Account) -> Admitted:
-        if headers.media_type(sent) != b"application/json":
-            raise UnsupportedMediaType("Content-Type must be application/json.")
-        config, endpoint = self._services.config, self._endpoint
-        raw = self._request.upload.at_once(config.max_json_body)
-        request = rewrite.plan(endpoint, raw) if raw is not None else await self._json_request()
-        self._model = request.model
-        model = self._services.backends.find(request.model, account.models)
-        policy.check(endpoint, request.body, model.backend)
+        self._admitted = admitted = await self._admission.admit(account)
         if self._limits is not None:
-            most = policy.most_tokens(endpoint, request.body, len(request.raw), model.backend)
-            self._hold(self._limits, account, most)
-        continuous = model.backend.usage == "continuous"
-
-        def order(route: Route) -> Order:
-            backend, meter = route.backend, None
-            name = backend.model or backend.name
-            body = rewrite.body_for(request, endpoint, model=name, continuous=continuous)
-            if request.stream:
-                meter = StreamMeter(
-                    endpoint.shape,
-                    show_usage=request.show_usage,
-                    continuous=continuous,
-                    show_continuous=request.show_continuous,
-                    several=request.several,
-                )
-            return Order(
-                route=route,
-                path=endpoint.path,
-                headers=headers.for_backend(sent, b"application/json", backend.token),
-                body=BytesBody(body),
-                read=lambda answer: read_answer(endpoint.shape, answer),
-                meter=meter,
-            )
-
-        if model.backend.policy == "prefix":
-            return Admitted(model, order, affinity(request.body))
-        return Admitted(model, order)
-
-    async def _json_request(self) -> rewrite.JSONRequest:
-        """The request in a body that has still to come, or that is large."""
-        config, outliner = self._services.config, Outliner()
-        try:
-            raw = await self._request.upload.read(
-                config.max_json_body, config.timeout_read, outliner.feed
-            )
-            if len(raw) < BLOCK:
-                return rewrite.plan(self._endpoint, raw)
-            outline = outliner.finish()
-        except InvalidJSON as error:
-            raise rewrite.refusal(error) from None
-        # Each of these steps takes some ms: the streams of others go on between them.
-        await deferLater(self._services.clock, 0)
-        request = rewrite.plan(self._endpoint, raw, outline)
-        await deferLater(self._services.clock, 0)
-        return request
-
-    async def _admit_form(self, sent: Fields, account: Account) -> Admitted:
-        config = self._services.config
-        boundary = audio.boundary_of(sent.get(b"content-type", b""))
-        self._request.upload.refuse_over(config.client_max_size)
-        form = Form(
-            self._request.upload,
-            boundary,
-            self._services.clock,
-            hold_limit=config.max_json_body,
-            max_size=config.client_max_size,
-            timeout_s=config.timeout_read,
-        )
-        self._model = await form.model()
-        model = self._services.backends.find(self._model, account.models)
-
-        def convert(body: bytes) -> Answer:
-            content_type, converted = audio.convert(body, form.response_format)
-            return Answer(200, converted, [(b"Content-Type", content_type)])
-
-        def order(route: Route) -> Order | None:
-            backend = route.backend
-            patience_s = backend.timeout or config.timeout_read
-            if not form.start(backend.model or backend.name, patience_s):
-                return None
-            return Order(
-                route=route,
-                path=self._endpoint.path,
-                headers=headers.for_backend(sent, form.content_type, backend.token),
-                body=form,
-                read=audio.read_audio,
-                convert=convert,
-            )
-
-        return Admitted(model, order)
+            ask = admitted.ask()
+            self._hold(self._limits, account, ask.prompt + ask.answer)
+        return admitted.model
 
     async def _wait(self, queue: FairQueue, key_id: str) -> None:
         """Wait for a place, as long as the client does. Raises TooManyRequests, ClientGone."""
@@ -446,7 +347,7 @@ class Exchange:
             self._down.abort()
             return
         if self._forward is None:  # else its row and its line tell more
-            self._request.log_refusal(error, self._key_id, self._model)
+            self._request.log_refusal(error, self._key_id, self._admission.model)
         self._down.answer(*dialects.error_answer(self._endpoint.dialect, error))
 
     # -- what is measured ------------------------------------------------------------------

@@ -31,6 +31,7 @@ from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.meter import StreamMeter
 from llmproxy.model import Outcome, Reading
 from llmproxy.outline import Outliner
+from llmproxy.policy import Ask
 from llmproxy.relay import BodyEnd, BodyReader
 from llmproxy.upload import BLOCK, ClientGone
 from llmproxy.upstream import NotSent, RequestBody, drop, translate
@@ -74,12 +75,13 @@ class Order(NamedTuple):
 class Admitted(NamedTuple):
     """A request that may go to one of a model's servers.
 
-    order: what it is for this one; None when it can't be sent there (any more). affinity: what it
-    has in common with requests that had better go to the same server.
+    order: what it is for this one; None when it can't be sent there (any more). ask: what it takes
+    at most. affinity: what it has in common with requests that had better go to the same server.
     """
 
     model: Model
     order: Callable[[Route], Order | None]
+    ask: Callable[[], Ask]
     affinity: bytes = b""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -145,6 +145,29 @@ class Used(NamedTuple):
     requests: int
     counts: Counts
     price: Price | None
+
+
+class Amount(NamedTuple):
+    """What budgets are in: tokens of prompts, answers and embeddings; micro-units (1e-6) of the
+    currency, rounded up."""
+
+    tokens: int = 0
+    cost: int = 0
+
+
+class Spending(NamedTuple):
+    """What one key has used up to now: on `today` (UTC), in its month, and ever.
+
+    Requests in flight are in it, with what they have been given so far. `held`: what these may
+    still take. `number` grows with each reading of the same file.
+    """
+
+    today: date
+    day: Amount
+    month: Amount
+    ever: Amount
+    held: Amount = Amount()
+    number: int = 0
 
 
 class Attempt(NamedTuple):

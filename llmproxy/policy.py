@@ -9,7 +9,7 @@ llama.cpp (its server of 2026-11).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmproxy import media
 from llmproxy.config import Backend
@@ -92,6 +92,20 @@ _LENGTHS = (
 #: Of text: what most tokenizers make of English.
 BYTES_PER_TOKEN = 4
 
+
+class Ask(NamedTuple):
+    """What a request takes at most, in tokens: its prompt (or what it embeds), and all its answers.
+
+    `streamed`: they come piece by piece.
+    """
+
+    prompt: int = 0
+    answer: int = 0
+    streamed: bool = False
+
+
+NOTHING_ASKED = Ask()
+
 _WATCHED = frozenset([*REFUSED, *_REFUSED_WITHIN, "encoding_format"])
 #: Fields that are looked at here, in the one spelling that they may have.
 NAMES = _WATCHED.union(_ANSWERS, _PROMPTS, _LENGTHS, *_BATCHES.values(), media.NAMES)
@@ -130,21 +144,21 @@ def choices(body: Mapping[str, Any]) -> int:
     return max(prompts, 1) * max(_count(body, name) for name in _ANSWERS)
 
 
-def most_tokens(endpoint: Endpoint, body: Mapping[str, Any], size: int, backend: Backend) -> int:
-    """How many tokens a request takes at most, estimated: a token for 4 of the body's `size` bytes,
-    and the length that it asks for with each of its answers.
+def ask(endpoint: Endpoint, body: Mapping[str, Any], size: int, backend: Backend) -> Ask:
+    """What a request takes at most, estimated: a token for 4 of the body's `size` bytes, and the
+    length that it asks for with each of its answers.
 
     Where it names none, that is the one that the model gives, if that is known. Nothing takes more
     than the model's context for an answer.
     """
     if endpoint.shape is Shape.FREE:
-        return 0
+        return NOTHING_ASKED
     asked = [n for name in _LENGTHS if type(n := body.get(name)) is int and n >= 0]
     length = 0 if endpoint.shape is _EMBEDDING else max(asked, default=backend.max_tokens or 0)
     prompt, answers = size // BYTES_PER_TOKEN + 1, choices(body)
     if backend.max_model_len is not None:
         prompt, length = (min(n, backend.max_model_len) for n in (prompt, length))
-    return prompt + answers * length
+    return Ask(prompt, answers * length, body.get("stream") is True)
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:

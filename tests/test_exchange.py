@@ -30,7 +30,7 @@ from proxy import Answer, request_bytes, running_proxy
 from twisted.internet.defer import Deferred
 
 from llmproxy import rewrite
-from llmproxy.exchange import Exchange
+from llmproxy.admission import Admission
 from llmproxy.forward import Admitted
 from llmproxy.storage.sqlite import connect
 
@@ -642,14 +642,14 @@ async def test_a_body_is_kept_no_longer_than_it_can_be_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []  # what can make the body once more, and therefore has it
-    admit = Exchange._admit_json
+    admit = Admission.admit
 
     async def admit_and_note(*args: Any) -> Admitted:
         admitted = await admit(*args)
         kept.append(weakref.ref(admitted.order))
         return admitted
 
-    monkeypatch.setattr(Exchange, "_admit_json", admit_and_note)
+    monkeypatch.setattr(Admission, "admit", admit_and_note)
     hold: Deferred[None] = Deferred()
     begun: Script = [head(200, CHUNKED), chunk(sse_event(TEXT[0])), Wait(hold), Close()]
     async with ScriptedBackend(begun) as backend:

@@ -235,4 +235,5 @@ def test_whatever_a_body_holds_it_passes_or_is_refused(body, path):
 )
 def test_tokens_are_estimated_from_size_and_length(path, body, settings, most):
     backend = Backend(name="m", url="http://b:1", device="gpu", **settings)
-    assert policy.most_tokens(ENDPOINTS[path], body, 400, backend) == most
+    asked = policy.ask(ENDPOINTS[path], body, 400, backend)
+    assert asked.prompt + asked.answer == most

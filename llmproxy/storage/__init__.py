@@ -8,7 +8,7 @@ from datetime import date, datetime
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-from llmproxy.model import Account, Attempt, Counts, Entry, Event, Price, Settlement, Used
+from llmproxy.model import Account, Attempt, Counts, Entry, Event, Price, Settlement, Spending, Used
 
 
 class IAccounts(Interface):
@@ -54,6 +54,16 @@ class IUsage(Interface):
 
         Fails with `StorageError` when that can't be known now: also while another read for the
         same key has not ended.
+        """
+
+
+class ISpending(Interface):
+    """What keys with a budget have used: on the bill, and by requests in flight; by all proxies."""
+
+    def of(key_id: str, running: Mapping[str, Counts]) -> Deferred[Spending]:
+        """Write the running counts of this process's open rows of a key, and say what it has used.
+
+        Fails with `StorageError` when that can't be known now.
         """
 
 

@@ -1,0 +1,154 @@
+"""From a request's body to what may be sent for it, to one of its model's servers or to another.
+
+    body --read--> model's name --find--> Model --check--> Admitted
+
+Nothing is sent, and nothing is written down yet: what is wrong here is an answer to the client.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+
+from llmproxy import audio, headers, policy, rewrite
+from llmproxy.affinity import affinity
+from llmproxy.agent import BytesBody
+from llmproxy.answers import Answer
+from llmproxy.backends import Backends, Route
+from llmproxy.config import Config
+from llmproxy.endpoints import Body, Endpoint
+from llmproxy.errors import UnsupportedMediaType
+from llmproxy.form import Form
+from llmproxy.forward import Admitted, Order
+from llmproxy.framing import Fields
+from llmproxy.jsonbytes import InvalidJSON
+from llmproxy.meter import StreamMeter, read_answer
+from llmproxy.model import Account
+from llmproxy.outline import Outliner
+from llmproxy.upload import BLOCK
+
+if TYPE_CHECKING:
+    from llmproxy.site import Request
+
+
+class Admission:
+    """The way of one request's body. `model`: what it asks for, as soon as that is known."""
+
+    __slots__ = ("_backends", "_clock", "_config", "_endpoint", "_request", "model")
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        request: Request,
+        config: Config,
+        backends: Backends,
+        clock: IReactorTime,
+    ) -> None:
+        self._endpoint = endpoint
+        self._request = request
+        self._config = config
+        self._backends = backends
+        self._clock = clock
+        self.model: str | None = None
+
+    async def admit(self, account: Account) -> Admitted:
+        """Read it, as far as it has to be known. Raises ProxyError, ClientGone."""
+        sent = self._request.fields
+        if b"content-encoding" in sent:
+            raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
+        if self._endpoint.body is Body.MULTIPART:
+            return await self._form(sent, account)
+        return await self._json(sent, account)
+
+    async def _json(self, sent: Fields, account: Account) -> Admitted:
+        if headers.media_type(sent) != b"application/json":
+            raise UnsupportedMediaType("Content-Type must be application/json.")
+        endpoint = self._endpoint
+        raw = self._request.upload.at_once(self._config.max_json_body)
+        request = rewrite.plan(endpoint, raw) if raw is not None else await self._json_request()
+        self.model = request.model
+        model = self._backends.find(request.model, account.models)
+        policy.check(endpoint, request.body, model.backend)
+        continuous = model.backend.usage == "continuous"
+
+        def order(route: Route) -> Order:
+            backend, meter = route.backend, None
+            name = backend.model or backend.name
+            body = rewrite.body_for(request, endpoint, model=name, continuous=continuous)
+            if request.stream:
+                meter = StreamMeter(
+                    endpoint.shape,
+                    show_usage=request.show_usage,
+                    continuous=continuous,
+                    show_continuous=request.show_continuous,
+                    several=request.several,
+                )
+            return Order(
+                route=route,
+                path=endpoint.path,
+                headers=headers.for_backend(sent, b"application/json", backend.token),
+                body=BytesBody(body),
+                read=lambda answer: read_answer(endpoint.shape, answer),
+                meter=meter,
+            )
+
+        def ask() -> policy.Ask:
+            return policy.ask(endpoint, request.body, len(request.raw), model.backend)
+
+        same = affinity(request.body) if model.backend.policy == "prefix" else b""
+        return Admitted(model, order, ask, same)
+
+    async def _json_request(self) -> rewrite.JSONRequest:
+        """The request in a body that has still to come, or that is large."""
+        config, outliner = self._config, Outliner()
+        try:
+            raw = await self._request.upload.read(
+                config.max_json_body, config.timeout_read, outliner.feed
+            )
+            if len(raw) < BLOCK:
+                return rewrite.plan(self._endpoint, raw)
+            outline = outliner.finish()
+        except InvalidJSON as error:
+            raise rewrite.refusal(error) from None
+        # Each of these steps takes some ms: the streams of others go on between them.
+        await deferLater(self._clock, 0)
+        request = rewrite.plan(self._endpoint, raw, outline)
+        await deferLater(self._clock, 0)
+        return request
+
+    async def _form(self, sent: Fields, account: Account) -> Admitted:
+        config = self._config
+        boundary = audio.boundary_of(sent.get(b"content-type", b""))
+        self._request.upload.refuse_over(config.client_max_size)
+        form = Form(
+            self._request.upload,
+            boundary,
+            self._clock,
+            hold_limit=config.max_json_body,
+            max_size=config.client_max_size,
+            timeout_s=config.timeout_read,
+        )
+        self.model = await form.model()
+        model = self._backends.find(self.model, account.models)
+
+        def convert(body: bytes) -> Answer:
+            content_type, converted = audio.convert(body, form.response_format)
+            return Answer(200, converted, [(b"Content-Type", content_type)])
+
+        def order(route: Route) -> Order | None:
+            backend = route.backend
+            patience_s = backend.timeout or config.timeout_read
+            if not form.start(backend.model or backend.name, patience_s):
+                return None
+            return Order(
+                route=route,
+                path=self._endpoint.path,
+                headers=headers.for_backend(sent, form.content_type, backend.token),
+                body=form,
+                read=audio.read_audio,
+                convert=convert,
+            )
+
+        return Admitted(model, order, lambda: policy.NOTHING_ASKED)
