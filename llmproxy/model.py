@@ -96,6 +96,14 @@ class Price(NamedTuple):
     transcription: int
 
 
+class Amount(NamedTuple):
+    """What budgets are in: tokens of prompts, answers and embeddings; micro-units (1e-6) of the
+    currency, rounded up."""
+
+    tokens: int = 0
+    cost: int = 0
+
+
 Counts = Mapping[Kind, int]
 NO_COUNTS: Counts = MappingProxyType({})
 
@@ -124,6 +132,7 @@ class Entry(NamedTuple):
     model: str
     device: str
     price: Price | None = None  # the one that applies; None: none is set
+    held: Amount | None = None  # the most that it takes; None: its key has no budget
 
 
 class Settlement(NamedTuple):
@@ -145,14 +154,6 @@ class Used(NamedTuple):
     requests: int
     counts: Counts
     price: Price | None
-
-
-class Amount(NamedTuple):
-    """What budgets are in: tokens of prompts, answers and embeddings; micro-units (1e-6) of the
-    currency, rounded up."""
-
-    tokens: int = 0
-    cost: int = 0
 
 
 class Spending(NamedTuple):

@@ -61,7 +61,9 @@ CREATE TABLE IF NOT EXISTS ledger (
 	transcription INTEGER,
 	raw TEXT,              -- a usage report that could not be used
 	delivered INTEGER NOT NULL DEFAULT 0,
-	price INTEGER          -- price.id, of the price that applied; NULL: none was set
+	price INTEGER,         -- price.id, of the price that applied; NULL: none was set
+	held_tokens INTEGER,   -- what it could take at most when it was opened; NULL: its key has no budget
+	held_cost INTEGER      -- the same in micro-units (1e-6) of the currency
 ) WITHOUT ROWID;
 -- Who was asked for a row, where a model has several servers. The row has how the last one ended.
 CREATE TABLE IF NOT EXISTS attempt (
@@ -84,6 +86,12 @@ CREATE TABLE IF NOT EXISTS price (
 	transcription INTEGER NOT NULL
 );
 
+-- The file itself, as other proxies know it: one row, made when a proxy opens the file.
+CREATE TABLE IF NOT EXISTS journal (
+	id TEXT NOT NULL,         -- 16 hex digits
+	readings INTEGER NOT NULL -- how often was read what a key has used
+);
+
 -- What was billed, in sums: kept by a trigger on the ledger, which is made when a proxy or
 -- llmproxyctl opens the file.
 CREATE TABLE IF NOT EXISTS usage_day (
@@ -98,6 +106,8 @@ CREATE TABLE IF NOT EXISTS usage_day (
 	transcription INTEGER NOT NULL,
 	PRIMARY KEY (day, api_key, model, price)
 ) WITHOUT ROWID;
+-- What a key has used in all is read here.
+CREATE INDEX IF NOT EXISTS usage_key ON usage_day(api_key, day);
 CREATE INDEX IF NOT EXISTS ledger_unsettled ON ledger(state) WHERE state <> 'settled';
 CREATE INDEX IF NOT EXISTS ledger_undelivered ON ledger(finished, rid)
 	WHERE delivered = 0 AND state IN ('settled', 'estimated');

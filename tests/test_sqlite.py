@@ -102,6 +102,7 @@ def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
         ("api_key",),
         ("attempt",),
         ("event_oneoff",),
+        ("journal",),
         ("key_limit",),
         ("key_model",),
         ("ledger",),
@@ -126,12 +127,17 @@ def test_a_new_file_is_closed_to_others(path: Path) -> None:
     assert set(modes) == {0o640}
 
 
-def test_a_ledger_without_prices_gets_their_column_once_and_keeps_its_rows(path: Path) -> None:
+def test_a_ledger_of_an_earlier_version_gets_new_columns_once_and_keeps_its_rows(
+    path: Path,
+) -> None:
     prepare(path)
     with closing(connect(path)) as connection:
         connection.execute("DROP TRIGGER usage_row")
-        connection.execute("ALTER TABLE ledger DROP COLUMN price")
+        connection.execute("DROP INDEX ledger_held")
+        for column in ("price", "held_tokens", "held_cost"):
+            connection.execute(f"ALTER TABLE ledger DROP COLUMN {column}")
         connection.execute("DROP TABLE price")
+        connection.execute("DROP TABLE journal")
         connection.execute(
             "INSERT INTO ledger (rid, state, owner, opened, api_key, path, model, device)"
             " VALUES ('r', 'orphan', 'o', 't', 'k', 'p', 'm', 'd')"
@@ -141,7 +147,9 @@ def test_a_ledger_without_prices_gets_their_column_once_and_keeps_its_rows(path:
         each.start()
     for each in starting:
         each.join()
-    assert query(path, "SELECT rid, price FROM ledger") == [("r", None)]
+    found = query(path, "SELECT rid, price, held_tokens, held_cost FROM ledger")
+    assert found == [("r", None, None, None)]
+    assert len(query(path, "SELECT id FROM journal")) == 1
 
 
 def test_preparing_again_changes_nothing(path: Path) -> None:

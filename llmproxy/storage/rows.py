@@ -81,8 +81,9 @@ class Statement:
 # Not `OR IGNORE`, which would pass over a row with a NULL where none may be as if it were there.
 OPEN = Statement(
     "INSERT INTO ledger"
-    " (rid, state, owner, opened, api_key, user_id, path, model, device, price) VALUES ",
-    "(?, 'open', ?, ?, ?, ?, ?, ?, ?, ?)",
+    " (rid, state, owner, opened, api_key, user_id, path, model, device, price,"
+    " held_tokens, held_cost) VALUES ",
+    "(?, 'open', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     " ON CONFLICT (rid) DO NOTHING",
 )
 ATTEMPT = Statement(
@@ -100,7 +101,7 @@ def install(connection: sqlite3.Connection) -> None:
 
 def opening(entry: Entry, owner: str) -> Row:
     """The parameters of OPEN."""
-    account = entry.account
+    account, (held_tokens, held_cost) = entry.account, entry.held or (None, None)
     return (
         entry.rid,
         owner,
@@ -111,6 +112,8 @@ def opening(entry: Entry, owner: str) -> Row:
         entry.model,
         entry.device,
         entry.price and entry.price.id,
+        held_tokens,
+        held_cost,
     )
 
 

@@ -39,6 +39,14 @@ FIND_KEY = """SELECT id, expires,
     WHERE secret = ? AND type = 'LLM'"""
 
 
+# Not in schema.sql: an earlier version's ledger has the columns only after it.
+HELD_ROWS = """CREATE INDEX IF NOT EXISTS ledger_held ON ledger(api_key)
+    WHERE state = 'open' AND held_tokens IS NOT NULL"""
+
+NEW_JOURNAL = """INSERT INTO journal
+    SELECT lower(hex(randomblob(8))), 0 WHERE NOT EXISTS (SELECT 1 FROM journal)"""
+
+
 def configure(connection: sqlite3.Connection) -> None:
     """Make commits durable: WAL, with an fsync for each (https://www.sqlite.org/pragma.html).
 
@@ -56,7 +64,11 @@ def migrate(connection: sqlite3.Connection) -> None:
     except sqlite3.IntegrityError:
         _accept_old_duplicates(connection)
         connection.executescript(files("llmproxy").joinpath("schema.sql").read_text())
-    _add_column(connection, "ledger", "price", "INTEGER")
+    for column in ("price", "held_tokens", "held_cost"):
+        _add_column(connection, "ledger", column, "INTEGER")
+    connection.execute(HELD_ROWS)
+    if connection.execute("SELECT 1 FROM journal").fetchone() is None:  # else nothing is written
+        connection.execute(NEW_JOURNAL)
     keep_usage(connection)
 
 
