@@ -18,8 +18,8 @@ CONTEXT_PHRASES = (
     b"context window",
     b"prompt is too long",
 )
-#: Refusals that speak of our credentials, not of the client's.
-OUR_CREDENTIALS = (401, 403)
+#: Refusals that speak of our credentials and our account, not of the client's.
+OUR_CREDENTIALS = (401, 402, 403)
 #: A shorter token is a placeholder (`none`, `EMPTY`) and no secret: it may stand in any text.
 MIN_SECRET = 12
 

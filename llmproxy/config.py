@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from llmproxy.certificates import read_certificates, read_identity, read_key
 from llmproxy.errors import ConfigError
 from llmproxy.expiry import UNREADABLE, expiry_time
-from llmproxy.model import MAX_COUNT
+from llmproxy.model import MAX_BUDGET, MAX_COUNT
 
 DEFAULT_PATH = "config.toml"
 PATH_VARIABLE = "LLMPROXY_CONFIG"
@@ -182,6 +182,7 @@ INTERVAL = _seconds(zero=True)
 SIZE = _whole(1, MAX_COUNT)
 LIMIT = _whole(0, 1_000_000)
 TOKENS = _whole(0, 1_000_000_000)
+BUDGET = _whole(0, MAX_BUDGET)
 LEVEL = _one_of("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG", fold=str.upper)
 HOST = _matching("an address or a host's name", lambda text: re.fullmatch(r"[^\s/]+", text))
 LABEL = _matching("a text without control characters or outer spaces", _is_label)
@@ -272,11 +273,21 @@ class LedgerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyLimits:
-    """What each key may ask for; 0: as much as it likes."""
+    """What each key may ask for; 0: as much as it likes.
+
+    The others are budgets, in tokens or in micro-units (1e-6) of the currency, of days and months
+    in UTC or for ever. None: there is none; 0: nothing.
+    """
 
     requests_per_minute: Annotated[int, LIMIT] = 0
     concurrent_requests: Annotated[int, LIMIT] = 0
     tokens_per_minute: Annotated[int, TOKENS] = 0
+    tokens_per_day: Annotated[int | None, BUDGET] = None
+    tokens_per_month: Annotated[int | None, BUDGET] = None
+    tokens_total: Annotated[int | None, BUDGET] = None
+    cost_per_day: Annotated[int | None, BUDGET] = None
+    cost_per_month: Annotated[int | None, BUDGET] = None
+    cost_total: Annotated[int | None, BUDGET] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

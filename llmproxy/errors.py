@@ -15,6 +15,10 @@ from collections.abc import Mapping
 CLIENT_GONE = 499
 
 
+def _retry_after(wait_s: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(wait_s)))}
+
+
 class ProxyError(Exception):
     """An ending that has an HTTP answer of ours."""
 
@@ -55,6 +59,18 @@ class InvalidKey(ProxyError):
             "No valid API key was provided: send 'Authorization: Bearer KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+class InsufficientQuota(ProxyError):
+    """A budget of the key is used up (RFC 9110 section 15.5.3).
+
+    `wait_s`: how long until the next day or month brings more; None: it has to be raised.
+    """
+
+    status, code = 402, "insufficient_quota"
+
+    def __init__(self, message: str, *, wait_s: float | None = None) -> None:
+        super().__init__(message, headers={} if wait_s is None else _retry_after(wait_s))
 
 
 class NotFound(ProxyError):
@@ -117,7 +133,7 @@ class TooManyRequests(ProxyError):
     status, code = 429, "rate_limit_exceeded"
 
     def __init__(self, message: str, *, wait_s: float) -> None:
-        super().__init__(message, headers={"Retry-After": str(max(1, math.ceil(wait_s)))})
+        super().__init__(message, headers=_retry_after(wait_s))
 
 
 class Unavailable(ProxyError):

@@ -34,7 +34,7 @@ from prometheus_client.utils import floatToGoString
 from llmproxy.balancing import Standing
 from llmproxy.connections import ADDRESS, IDLE, TOTAL
 from llmproxy.endpoints import ENDPOINTS
-from llmproxy.model import Counts, Kind, State
+from llmproxy.model import BUDGETS, Counts, Kind, State
 from llmproxy.queueing import FairQueue
 from llmproxy.totals import Numbers, Snapshot
 
@@ -55,10 +55,11 @@ PATHS = frozenset({*ENDPOINTS, MODELS_PATH, USAGE_PATH})
 #: What can go wrong with a backend: no connection, no answer in time, and the outcomes.
 ERROR_TYPES = frozenset({"connect", "timeout", "refused", "truncated", "stalled", "backend_failed"})
 
-#: The settings for which a request is refused with 429.
+#: The settings for which a request is refused with 429, or with 402 for a budget.
 LIMITS = (
     *("failed_keys_per_minute", "requests_per_minute", "concurrent_requests"),
     "tokens_per_minute",
+    *BUDGETS,
     "max_concurrent",
 )
 

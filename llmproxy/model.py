@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 #: Largest count that a bill can hold (signed 64 bit, as SQLite and BSON store it).
 MAX_COUNT = 2**63 - 1
+#: Largest budget: a double, as MongoDB's shells make them, still has each whole number up to it.
+MAX_BUDGET = 9 * 10**15
 
 
 class Kind(enum.StrEnum):
@@ -55,17 +57,26 @@ BILLED = frozenset({State.SETTLED, State.ESTIMATED})
 class OwnLimits(NamedTuple):
     """What one key may ask for, in the place of the setting of that name; None: the setting holds.
 
-    0: as much as it likes.
+    Of the first three 0 is as much as it likes. The others are budgets, in tokens or in micro-units
+    (1e-6) of the currency; there 0 is nothing.
     """
 
     requests_per_minute: int | None = None
     concurrent_requests: int | None = None
     tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    tokens_total: int | None = None
+    cost_per_day: int | None = None
+    cost_per_month: int | None = None
+    cost_total: int | None = None
 
 
 NO_LIMITS = OwnLimits()
+#: The names of those that are budgets.
+BUDGETS = OwnLimits._fields[3:]
 #: The largest ones.
-LARGEST = OwnLimits(1_000_000, 1_000_000, 1_000_000_000)
+LARGEST = OwnLimits(1_000_000, 1_000_000, 1_000_000_000, *(MAX_BUDGET for _ in BUDGETS))
 
 
 class Account(NamedTuple):

@@ -17,7 +17,8 @@ CREATE TABLE IF NOT EXISTS key_model (
 	PRIMARY KEY (api_key, model)
 ) WITHOUT ROWID;
 
--- Limits of one key, in the place of those in [limits]. NULL: the setting holds; 0: none.
+-- Limits of one key, in the place of those in [limits]. NULL: the setting holds. The first three: 0 is
+-- no limit. The others are budgets: tokens, or micro-units (1e-6) of the currency; 0 is nothing.
 CREATE TABLE IF NOT EXISTS key_limit (
 	api_key TEXT PRIMARY KEY, -- api_key.id
 	requests_per_minute INTEGER
@@ -28,7 +29,25 @@ CREATE TABLE IF NOT EXISTS key_limit (
 			AND concurrent_requests BETWEEN 0 AND 1000000),
 	tokens_per_minute INTEGER
 		CHECK (tokens_per_minute IS NULL OR typeof(tokens_per_minute) = 'integer'
-			AND tokens_per_minute BETWEEN 0 AND 1000000000)
+			AND tokens_per_minute BETWEEN 0 AND 1000000000),
+	tokens_per_day INTEGER
+		CHECK (tokens_per_day IS NULL OR typeof(tokens_per_day) = 'integer'
+			AND tokens_per_day BETWEEN 0 AND 9000000000000000),
+	tokens_per_month INTEGER
+		CHECK (tokens_per_month IS NULL OR typeof(tokens_per_month) = 'integer'
+			AND tokens_per_month BETWEEN 0 AND 9000000000000000),
+	tokens_total INTEGER
+		CHECK (tokens_total IS NULL OR typeof(tokens_total) = 'integer'
+			AND tokens_total BETWEEN 0 AND 9000000000000000),
+	cost_per_day INTEGER
+		CHECK (cost_per_day IS NULL OR typeof(cost_per_day) = 'integer'
+			AND cost_per_day BETWEEN 0 AND 9000000000000000),
+	cost_per_month INTEGER
+		CHECK (cost_per_month IS NULL OR typeof(cost_per_month) = 'integer'
+			AND cost_per_month BETWEEN 0 AND 9000000000000000),
+	cost_total INTEGER
+		CHECK (cost_total IS NULL OR typeof(cost_total) = 'integer'
+			AND cost_total BETWEEN 0 AND 9000000000000000)
 ) WITHOUT ROWID;
 
 CREATE TABLE IF NOT EXISTS event_oneoff (

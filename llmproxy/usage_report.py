@@ -12,7 +12,7 @@ from urllib.parse import parse_qs
 import orjson
 
 from llmproxy.errors import BadRequest
-from llmproxy.model import MAX_COUNT, Kind, Used
+from llmproxy.model import BUDGETS, MAX_COUNT, Kind, Used
 from llmproxy.prices import cost, shown
 
 #: Most days of one answer.
@@ -56,9 +56,9 @@ def _day(given: dict[str, list[str]], name: str) -> date | None:
 
 
 def report(
-    used: Sequence[Used], since: date, until: date, scope: str, limits: Mapping[str, int]
+    used: Sequence[Used], since: date, until: date, scope: str, limits: Mapping[str, int | None]
 ) -> bytes:
-    """The answer's JSON; `scope` is one of `SCOPES`, and `limits` are the key's, 0 for none.
+    """The answer's JSON; `scope` is one of `SCOPES`, and `limits` are the key's, as in `KeyLimits`.
 
     What was used in several currencies, or without a price, has a line for each.
     """
@@ -69,7 +69,9 @@ def report(
         "scope": scope,
         "since": str(since),
         "until": str(until),
-        "limits": {name: limit or None for name, limit in limits.items()},
+        "limits": {
+            name: limit if limit or name in BUDGETS else None for name, limit in limits.items()
+        },
         "data": [
             {"object": "usage", "day": day, "model": model, **_sums(list(group))}
             for (day, model, _), group in groupby(

@@ -16,7 +16,7 @@ def test_a_client_error_is_passed_on_as_it_is(status):
     assert refusal(status, BODY, FIELDS) == Answer(status, BODY, FIELDS)
 
 
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", [401, 402, 403])
 def test_a_refusal_of_our_own_credentials_is_masked(status):
     told = refusal(status, BODY, FIELDS)
     assert isinstance(told, BackendError)

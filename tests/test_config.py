@@ -15,6 +15,7 @@ from certificates import self_signed
 from llmproxy import config
 from llmproxy.config import Backend, Config, Database, LedgerConfig, PriceEntry, Replica
 from llmproxy.errors import ConfigError
+from llmproxy.model import BUDGETS
 
 ROOT = Path(__file__).parent.parent
 BACKEND = {"url": "http://gpu1:8000", "device": "H100"}
@@ -73,6 +74,8 @@ def test_every_setting_is_read() -> None:
     [limits]
     requests_per_minute = 600
     concurrent_requests = 8
+    tokens_total = 0
+    cost_per_month = 9_000_000_000_000_000
     [backends.m]
     url = "https://gpu1:8000/v1/"
     token = "s3"
@@ -109,7 +112,12 @@ def test_every_setting_is_read() -> None:
         admin=config.Admin(listen=("tcp:9",)),
         metrics=config.Metrics(enabled=False),
         ledger=LedgerConfig(path=Path("j.sqlite")),
-        limits=config.KeyLimits(requests_per_minute=600, concurrent_requests=8),
+        limits=config.KeyLimits(
+            requests_per_minute=600,
+            concurrent_requests=8,
+            tokens_total=0,
+            cost_per_month=9 * 10**15,
+        ),
         backends={
             "m": Backend(
                 name="m",
@@ -191,6 +199,14 @@ def test_backends_can_not_be_changed() -> None:
         (
             "limits.tokens_per_minute = -1",
             "limits.tokens_per_minute: expected a whole number, 0 to 1000000000, got -1",
+        ),
+        *(
+            (
+                f"limits.{name} = {value}",
+                f"limits.{name}: expected a whole number, 0 to 9000000000000000, got {value}",
+            )
+            for name in BUDGETS
+            for value in ("-1", "0.5", "9000000000000001", "true", '"1"')
         ),
         ("ledger.path = 1", "ledger.path: expected a path, got 1"),
         ("port = 2020-01-01", 'port: expected a whole number, 0 to 65535, got "2020-01-01"'),
@@ -593,7 +609,10 @@ def test_the_shipped_example_names_every_setting_and_no_other() -> None:
 
 def test_every_default_in_the_shipped_example_is_true() -> None:
     defaults = config.default_text().partition("# The backends:")[0]
-    examples = ("cert", "key", 'listen = ["tcp:8080', 'listen = ["ssl', 'uri = "mongo', "uri_file")
+    examples = (
+        *("cert", "key", 'listen = ["tcp:8080', 'listen = ["ssl', 'uri = "mongo', "uri_file"),
+        *BUDGETS,
+    )
     lines = [
         line.removeprefix("#") for line in defaults.splitlines() if re.match(r"#?\w+ =|\[", line)
     ]

@@ -31,6 +31,8 @@ enabled = false
 [limits]
 requests_per_minute = 600
 concurrent_requests = 8
+tokens_total = 0
+cost_per_day = 25_000_000
 [prices]
 currency = "EUR"
 [[prices.models.llama]]

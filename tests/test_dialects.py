@@ -14,6 +14,7 @@ from llmproxy.sse import Decoder
 TYPES = [
     (400, "invalid_request_error", "invalid_request_error"),
     (401, "authentication_error", "authentication_error"),
+    (402, "insufficient_quota", "billing_error"),
     (403, "permission_error", "permission_error"),
     (404, "invalid_request_error", "not_found_error"),
     (405, "invalid_request_error", "invalid_request_error"),
@@ -62,6 +63,14 @@ def test_an_answer_carries_the_errors_own_header_fields():
     assert status == 503
     assert sorted(fields) == [(b"Content-Type", b"application/json"), (b"Retry-After", b"9")]
     assert orjson.loads(body)["error"]["code"] == "service_unavailable"
+
+
+@pytest.mark.parametrize(("wait_s", "told"), [(None, {}), (0.2, {"Retry-After": "1"})])
+def test_who_has_no_credit_is_told_when_there_is_more_if_time_brings_it(
+    wait_s: float | None, told: dict[str, str]
+) -> None:
+    error = errors.InsufficientQuota("Nothing is left.", wait_s=wait_s)
+    assert (error.status, error.code, error.headers) == (402, "insufficient_quota", told)
 
 
 def test_a_wrong_key_is_told_how_to_authenticate():

@@ -7,7 +7,7 @@ import pytest
 from llmproxy.config import KeyLimits
 from llmproxy.errors import TooManyRequests
 from llmproxy.limits import Limits
-from llmproxy.model import Account, OwnLimits
+from llmproxy.model import BUDGETS, Account, OwnLimits
 
 ALICE, BOB = Account("alice"), Account("bob")
 
@@ -118,6 +118,16 @@ def test_a_key_without_any_limit_need_not_enter() -> None:
     assert not none.concern(ALICE)
     assert none.concern(Account("alice", limits=OwnLimits(concurrent_requests=1)))
     assert some.concern(ALICE)
+    assert Door(tokens_total=0).limits.concern(ALICE)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_budget_of_a_key_s_own_takes_the_place_of_the_setting(budget: str) -> None:
+    limits = Door(**{budget: 7}).limits
+    own = Account("alice", limits=OwnLimits()._replace(**{budget: 0}))
+    assert getattr(limits.of(own), budget) == 0
+    assert getattr(limits.of(BOB), budget) == 7
+    assert getattr(limits.of(Account("c", limits=OwnLimits(9))), budget) == 7
 
 
 def told(door: Door, account: Account = ALICE) -> list[str]:

@@ -44,7 +44,7 @@ from zope.interface.verify import verifyObject
 
 from llmproxy.delivery import Delivery
 from llmproxy.errors import ConfigError, StorageError
-from llmproxy.model import Account, Event, OwnLimits
+from llmproxy.model import BUDGETS, Account, Event, OwnLimits
 from llmproxy.storage import IAccounts, IEventSink, IOutbox
 from llmproxy.storage.mongo import (
     MongoStore,
@@ -254,6 +254,10 @@ async def test_a_key_may_be_limited_to_models(server: Mongod, models: object, al
         ({"requests_per_minute": 60.0, "concurrent_requests": Int64(0)}, OwnLimits(60, 0)),
         ({"requests_per_minute": None, "concurrent_requests": 1_000_000}, OwnLimits(None, 10**6)),
         ({"tokens_per_minute": 10**9}, OwnLimits(tokens_per_minute=10**9)),
+        (
+            {"tokens_total": 0, "cost_total": 9e15, "cost_per_day": Int64(2**40)},
+            OwnLimits(tokens_total=0, cost_total=9 * 10**15, cost_per_day=2**40),
+        ),
     ],
 )
 @pytest_twisted.ensureDeferred
@@ -271,6 +275,7 @@ NO_LIMIT: list[Any] = ["60", -1, 1.5, True, 10**6 + 1, math.nan, [1], math.inf, 
 NO_LIMITS: list[Any] = [
     *(60, "60", [], [60], True, {"request_per_minute": 60}),
     *[{"requests_per_minute": each} for each in NO_LIMIT],
+    *[{name: each} for name in BUDGETS for each in (-1, 0.5, "1", True, 9e15 + 2, 2**53)],
 ]
 
 

@@ -23,8 +23,8 @@ DESCRIPTION: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "openapi.yaml").re
 PATHS: dict[str, Any] = DESCRIPTION["paths"]
 SCHEMAS: dict[str, Any] = DESCRIPTION["components"]["schemas"]
 KEYED_PATHS = (MODELS.decode(), f"{MODELS.decode()}/{{id}}", USAGE.decode())
-#: Statuses that a request which carries no body can't get from us.
-OF_BODIES = {413, 415, 502, 504}
+#: Statuses that a request which is not forwarded can't get from us.
+OF_FORWARDED = {402, 413, 415, 502, 504}
 BODIES = {Body.JSON: "application/json", Body.MULTIPART: "multipart/form-data"}
 
 
@@ -174,7 +174,7 @@ def test_every_status_is_there(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize("path", KEYED_PATHS)
 def test_every_status_of_our_own_answers_is_there(path: str) -> None:
     said = {int(status) for status in PATHS[path]["get"]["responses"]}
-    assert said | {404} == {200} | STATUSES - OF_BODIES
+    assert said | {404} == {200} | STATUSES - OF_FORWARDED
 
 
 def test_every_code_is_there_and_no_other() -> None:
@@ -211,7 +211,12 @@ def test_errors_have_the_shape_of_the_dialect(endpoint: Endpoint) -> None:
 
 
 def test_fields_of_errors_are_there() -> None:
-    for kind in (errors.InvalidKey(), errors.TooManyRequests("", wait_s=1), errors.Unavailable("")):
+    for kind in (
+        errors.InvalidKey(),
+        errors.InsufficientQuota("", wait_s=1),
+        errors.TooManyRequests("", wait_s=1),
+        errors.Unavailable(""),
+    ):
         for path in ENDPOINTS:
             response = resolved(PATHS[path]["post"]["responses"][str(kind.status)])
             assert kind.headers.keys() <= response["headers"].keys()

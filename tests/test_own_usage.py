@@ -101,6 +101,12 @@ def test_a_sum_that_is_too_large_is_the_largest() -> None:
     assert told(huge)["totals"][0]["prompt_tokens"] == MAX_COUNT
 
 
+def test_no_rate_is_no_limit_but_a_budget_of_nothing_is_one() -> None:
+    limits = {"requests_per_minute": 0, "tokens_per_day": 0, "cost_total": None, "tokens_total": 9}
+    answer = orjson.loads(report([], TODAY, TODAY, "all", limits))
+    assert answer["limits"] == limits | {"requests_per_minute": None}
+
+
 # -- the path ----------------------------------------------------------------------------------
 
 
@@ -145,6 +151,12 @@ async def test_a_key_sees_what_it_was_billed_and_no_other_key_s(tmp_path: Path) 
                 "requests_per_minute": 600,
                 "concurrent_requests": None,
                 "tokens_per_minute": None,
+                "tokens_per_day": None,
+                "tokens_per_month": None,
+                "tokens_total": None,
+                "cost_per_day": None,
+                "cost_per_month": None,
+                "cost_total": None,
             }
             assert [x["requests"] for x in shown["totals"]] == [1, 2]
             before = await proxy.get("/v1/usage?since=2026-01-01&until=2026-01-02")

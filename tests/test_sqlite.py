@@ -29,7 +29,7 @@ from twisted.enterprise import adbapi
 from twisted.internet.defer import gatherResults
 
 from llmproxy.errors import StorageError
-from llmproxy.model import Account
+from llmproxy.model import BUDGETS, MAX_BUDGET, Account, OwnLimits
 from llmproxy.storage.sqlite import SQLiteAccounts, connect, from_text, make_pool, prepare, to_text
 
 SCHEMA = files("llmproxy").joinpath("schema.sql").read_text()
@@ -150,6 +150,22 @@ def test_a_ledger_of_an_earlier_version_gets_new_columns_once_and_keeps_its_rows
     found = query(path, "SELECT rid, price, held_tokens, held_cost FROM ledger")
     assert found == [("r", None, None, None)]
     assert len(query(path, "SELECT id FROM journal")) == 1
+
+
+def test_keys_limits_of_an_earlier_version_get_budgets_that_are_checked(path: Path) -> None:
+    prepare(path)
+    with closing(connect(path)) as connection:
+        for column in BUDGETS:
+            connection.execute(f"ALTER TABLE key_limit DROP COLUMN {column}")
+        connection.execute("INSERT INTO key_limit VALUES ('k', 1, 2, 3)")
+    prepare(path)
+    assert query(path, "SELECT * FROM key_limit") == [("k", 1, 2, 3, *(None for _ in BUDGETS))]
+    with closing(connect(path)) as connection:
+        for column in BUDGETS:
+            for value in (-1, 1.5, "many", MAX_BUDGET + 1):
+                with pytest.raises(sqlite3.IntegrityError):
+                    connection.execute(f"UPDATE key_limit SET {column} = ?", (value,))
+            connection.execute(f"UPDATE key_limit SET {column} = ?", (MAX_BUDGET,))
 
 
 def test_preparing_again_changes_nothing(path: Path) -> None:
@@ -462,6 +478,19 @@ async def test_only_the_hash_of_a_key_finds_it(path: Path, pool: adbapi.Connecti
             assert await accounts.find(secret, NOW) is None
     assert await found(pool) == Account("id-1")
     assert await found(pool, "another") is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_key_has_each_limit_of_its_row(path: Path, pool: adbapi.ConnectionPool) -> None:
+    add_key(path, id="id-1")
+    own = OwnLimits(1, 2, 3, 4, 5, 6, 7, 8, 0)
+    with closing(connect(path)) as connection:
+        marks = ", ".join("?" * len(own))
+        connection.execute(
+            f"INSERT INTO key_limit (api_key, {', '.join(own._fields)}) VALUES ('id-1', {marks})",
+            own,
+        )
+    assert await found(pool) == Account("id-1", limits=own)
 
 
 @pytest_twisted.ensureDeferred

@@ -22,7 +22,7 @@ from zope.interface import implementer
 
 from llmproxy.errors import StorageError
 from llmproxy.expiry import expiry_time
-from llmproxy.model import NO_LIMITS, Account, OwnLimits
+from llmproxy.model import BUDGETS, MAX_BUDGET, NO_LIMITS, Account, OwnLimits
 from llmproxy.storage import IAccounts
 from llmproxy.storage.usage_days import keep_usage
 
@@ -32,12 +32,16 @@ BUSY_TIMEOUT_S = 1.0
 PREPARE_TIMEOUT_S = 3.0
 PREPARE_RETRY_S = 0.02
 
-FIND_KEY = """SELECT id, expires,
+FIND_KEY = f"""SELECT id, expires,
     (SELECT json_group_array(model) FROM key_model WHERE key_model.api_key = api_key.id),
-    requests_per_minute, concurrent_requests, tokens_per_minute
+    {", ".join(OwnLimits._fields)}
     FROM api_key LEFT JOIN key_limit ON key_limit.api_key = api_key.id
     WHERE secret = ? AND type = 'LLM'"""
 
+
+#: As schema.sql has it.
+BUDGET_COLUMN = f"""INTEGER CHECK ({{0}} IS NULL OR typeof({{0}}) = 'integer'
+    AND {{0}} BETWEEN 0 AND {MAX_BUDGET})"""
 
 # Not in schema.sql: an earlier version's ledger has the columns only after it.
 HELD_ROWS = """CREATE INDEX IF NOT EXISTS ledger_held ON ledger(api_key)
@@ -66,6 +70,8 @@ def migrate(connection: sqlite3.Connection) -> None:
         connection.executescript(files("llmproxy").joinpath("schema.sql").read_text())
     for column in ("price", "held_tokens", "held_cost"):
         _add_column(connection, "ledger", column, "INTEGER")
+    for column in BUDGETS:
+        _add_column(connection, "key_limit", column, BUDGET_COLUMN.format(column))
     connection.execute(HELD_ROWS)
     if connection.execute("SELECT 1 FROM journal").fetchone() is None:  # else nothing is written
         connection.execute(NEW_JOURNAL)
