@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from twisted.internet.defer import CancelledError
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from llmproxy import dialects
@@ -22,6 +23,7 @@ from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
 from llmproxy.backends import Backends, Model, Route
 from llmproxy.billing import NOTHING, settlement
+from llmproxy.budgets import Budgets, Hold
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
 from llmproxy.downstream import Downstream
@@ -35,7 +37,7 @@ from llmproxy.errors import (
     Unavailable,
 )
 from llmproxy.failover import may_be_repeated, went_well
-from llmproxy.forward import Admitted, Ending, Forward, Order, Timing
+from llmproxy.forward import Admitted, Ending, Forward, Lease, Order, Timing
 from llmproxy.framing import Fields
 from llmproxy.limits import Limits
 from llmproxy.logs import Logger
@@ -52,14 +54,17 @@ if TYPE_CHECKING:
     from llmproxy.site import Request
 
 log = Logger()
+T = TypeVar("T")
 
+#: Endings that are not the server's doing.
+_NO_FAULT = (Outcome.COMPLETE, Outcome.CLIENT_GONE, Outcome.OUT_OF_BUDGET)
 _NOT_SENT = Ending(Outcome.REFUSED, NOTHING, ProxyError("Something went wrong on our side."))
 
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones. `limits`:
-    None where keys have none."""
+    """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones. `limits`,
+    `budgets`: None where keys have none."""
 
     config: Config
     clock: IReactorTime
@@ -71,6 +76,7 @@ class Services:
     metrics: Metrics
     prices: PriceList
     limits: Limits | None = None
+    budgets: Budgets | None = None
     exchanges: set[Exchange] = field(default_factory=set)
     draining: bool = False
 
@@ -82,6 +88,7 @@ class Exchange:
         "_admission",
         "_admitted",
         "_began",
+        "_credit",
         "_down",
         "_endpoint",
         "_first_token_s",
@@ -112,6 +119,7 @@ class Exchange:
         self._is_cut = False
         self._limits: Limits | None = None  # those that concern the key
         self._held = 0  # tokens
+        self._credit: Hold | None = None
         self._began = services.monotonic()
         self._forward_began = 0.0
         self._first_token_s: float | None = None
@@ -156,7 +164,7 @@ class Exchange:
             if not queue.enter_at_once():
                 await self._wait(queue, account.key_id)
             try:
-                entry = self._entry(account, model.backend)
+                entry = await self._afford(self._entry(account, model.backend))
                 await self._open(entry)
                 ending = await self._send(entry, model)
                 await self._settle(entry, ending)
@@ -203,14 +211,18 @@ class Exchange:
     async def _wait(self, queue: FairQueue, key_id: str) -> None:
         """Wait for a place, as long as the client does. Raises TooManyRequests, ClientGone."""
         try:
-            turn = queue.wait(key_id)
-            self._down.when_gone(turn.cancel)
-            await turn
-        except CancelledError:
-            raise ClientGone from None
+            await self._while_there(queue.wait(key_id))
         except TooManyRequests:
             self._services.metrics.limited("max_concurrent")
             raise
+
+    async def _while_there(self, waited_for: Deferred[T]) -> T:
+        """Wait for something, as long as the client does. Raises ClientGone."""
+        try:
+            self._down.when_gone(waited_for.cancel)
+            return await waited_for
+        except CancelledError:
+            raise ClientGone from None
         finally:
             self._down.when_gone(None)
 
@@ -225,6 +237,26 @@ class Exchange:
             device=backend.device,
             price=self._services.prices.at(backend.name, now),
         )
+
+    async def _afford(self, entry: Entry) -> Entry:
+        """The entry with what is held for it, if its key has a budget. Raises InsufficientQuota,
+        TooManyRequests, ClientGone."""
+        services, admitted = self._services, self._admitted
+        if services.budgets is None or admitted is None:
+            return entry
+        budgets = services.budgets.of(entry.account)
+        if not budgets:
+            return entry
+        asked = services.budgets.hold(entry.account, budgets, admitted.ask(), entry.price)
+        self._credit = await self._while_there(Deferred.fromCoroutine(asked))
+        return entry._replace(held=self._credit.amount)
+
+    def _lease(self, entry: Entry) -> Lease | None:
+        """What may be passed on of an answer in a stream; None: all of it."""
+        credit = self._credit
+        if credit is None or credit.lease is None:
+            return None
+        return Lease(credit.lease, partial(credit.more, entry.rid))
 
     # -- open, forward, settle, release ----------------------------------------------------
 
@@ -301,7 +333,8 @@ class Exchange:
         timing = Timing(backend.timeout or config.timeout_read, config.keepalive_interval)
         self._metrics = services.metrics.for_backend(backend.name)
         self._forward_began = services.monotonic()
-        forward = Forward(order, self._down, services.clock, timing, self._chunk_came)
+        lease = self._lease(entry)
+        forward = Forward(order, self._down, services.clock, timing, self._chunk_came, lease)
         self._forward = forward
         if self._is_cut:
             forward.stop()
@@ -365,7 +398,7 @@ class Exchange:
 
     def _measure(self, metrics: BackendMetrics, ending: Ending) -> None:
         metrics.request_done(ending.status, self._services.monotonic() - self._forward_began)
-        if ending.outcome not in (Outcome.COMPLETE, Outcome.CLIENT_GONE):
+        if ending.outcome not in _NO_FAULT:
             metrics.error(_error_type(ending))
 
     def _told(self, ending: Ending) -> int:

@@ -11,7 +11,7 @@ whole of a JSON answer, is kept in the `Ending`, to be released when the bill is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple, cast
 
 from twisted.internet.defer import Deferred
@@ -26,13 +26,20 @@ from llmproxy.answers import Answer, refusal
 from llmproxy.backends import Model, Route
 from llmproxy.billing import NOTHING
 from llmproxy.downstream import Downstream
-from llmproxy.errors import BackendError, BackendTimeout, ProxyError, Unavailable
+from llmproxy.errors import (
+    BackendError,
+    BackendTimeout,
+    InsufficientQuota,
+    ProxyError,
+    Unavailable,
+)
 from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.meter import StreamMeter
-from llmproxy.model import Outcome, Reading
+from llmproxy.model import Counts, Outcome, Reading
 from llmproxy.outline import Outliner
 from llmproxy.policy import Ask
 from llmproxy.relay import BodyEnd, BodyReader
+from llmproxy.story import begin
 from llmproxy.upload import BLOCK, ClientGone
 from llmproxy.upstream import NotSent, RequestBody, drop, translate
 
@@ -95,6 +102,14 @@ class Ending(NamedTuple):
     status: int | None = None
 
 
+class Lease(NamedTuple):
+    """What a stream may pass on: `first`, so many events with content; then what `more` says, which
+    is told the counts so far, and raises InsufficientQuota where there is no more."""
+
+    first: int
+    more: Callable[[Counts], Awaitable[int]]
+
+
 class Timing(NamedTuple):
     """In seconds: how long a backend may be silent, and when a comment goes out (0: never)."""
 
@@ -109,6 +124,8 @@ class Forward:
         "_clock",
         "_down",
         "_drain_until",
+        "_lease",
+        "_lease_until",
         "_on_chunk",
         "_order",
         "_parts",
@@ -122,6 +139,8 @@ class Forward:
         "_timers",
         "_timing",
         "_too_much",
+        "_until",
+        "_used_up",
     )
 
     log = Logger()
@@ -133,6 +152,7 @@ class Forward:
         clock: IReactorTime,
         timing: Timing,
         on_chunk: Callable[[StreamMeter], None],
+        lease: Lease | None = None,
     ) -> None:
         self._order = order
         self._down = down
@@ -146,7 +166,12 @@ class Forward:
         self._sent = False
         self._timed_out = False
         self._too_much = False
+        self._lease = lease
+        # Up to which event with content; `_until` is the first of them.
         self._drain_until: float = math.inf
+        self._lease_until: float = math.inf if lease is None else lease.first
+        self._until = self._lease_until
+        self._used_up: InsufficientQuota | None = None
         self._timers: dict[str, IDelayedCall] = {}
         self._parts: list[bytes] = []
         self._size = 0
@@ -185,7 +210,9 @@ class Forward:
         else:
             self._later("drain", backend.drain_timeout, self.stop)
             if self._order.meter is not None:
-                self._drain_until = self._order.meter.content_events + backend.drain_max_tokens
+                passed = self._order.meter.content_events
+                self._drain_until = passed + backend.drain_max_tokens + 1
+                self._until = min(self._drain_until, self._lease_until)
             if self._reader is not None:
                 self._reader.resumeProducing()
 
@@ -323,10 +350,30 @@ class Forward:
             on_chunk(meter)
             if meter.ended and self._reader is not None:
                 self._reader.finish_within(END_GRACE_S)
-            elif meter.content_events > self._drain_until:
-                self.stop()
+            elif meter.content_events >= self._until:
+                self._at_bound(meter)
 
         return pass_on
+
+    def _at_bound(self, meter: StreamMeter) -> None:
+        if meter.content_events >= self._drain_until:
+            self.stop()
+        elif self._lease is not None and self._reader is not None:
+            self._lease_until, self._until = math.inf, self._drain_until
+            self._reader.hold()
+            begin(self._ask_for_more(self._lease, self._reader, meter))
+
+    async def _ask_for_more(self, lease: Lease, reader: BodyReader, meter: StreamMeter) -> None:
+        """Read on when there is another lease, or end the stream."""
+        try:
+            more = await lease.more(meter.reading().counts)
+        except InsufficientQuota as error:
+            self._used_up = error
+            reader.stop()
+            return
+        self._lease_until = meter.content_events + more
+        self._until = min(self._drain_until, self._lease_until)
+        reader.release()
 
     def _stream_ending(self, end: BodyEnd, meter: StreamMeter) -> Ending:
         rest = meter.finish()
@@ -342,6 +389,8 @@ class Forward:
         return Outcome.CLIENT_GONE if self._down.gone else outcome
 
     def _cut_short(self, end: BodyEnd, reading: Reading) -> Ending:
+        if self._used_up is not None and not self._down.gone:
+            return self._ending(Outcome.OUT_OF_BUDGET, reading, self._used_up)
         if self._down.gone or end is BodyEnd.STOPPED:
             return self._ending(Outcome.CLIENT_GONE, reading, _STOPPING)
         if end is BodyEnd.STALLED:

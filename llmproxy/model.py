@@ -33,6 +33,7 @@ class Outcome(enum.StrEnum):
     TRUNCATED = "truncated"  # the backend's answer broke off
     STALLED = "stalled"  # the backend fell silent for too long in mid-answer
     CLIENT_GONE = "client_gone"  # the client left before the end
+    OUT_OF_BUDGET = "out_of_budget"  # a budget of its key was used up in mid-answer
     REFUSED = "refused"  # no result: the backend said no, or the request was never whole
     BACKEND_FAILED = "backend_failed"  # no answer that could be understood
 

@@ -15,6 +15,7 @@ from llmproxy import media
 from llmproxy.config import Backend
 from llmproxy.endpoints import Endpoint, Shape
 from llmproxy.errors import BadRequest
+from llmproxy.model import Kind
 
 _REASONS = {
     "it names a machine that the model's server would connect to": (
@@ -94,13 +95,15 @@ BYTES_PER_TOKEN = 4
 
 
 class Ask(NamedTuple):
-    """What a request takes at most, in tokens: its prompt (or what it embeds), and all its answers.
+    """What a request takes at most, in tokens: its prompt (or what it embeds: `kind`), and all its
+    answers.
 
     `streamed`: they come piece by piece.
     """
 
     prompt: int = 0
     answer: int = 0
+    kind: Kind = Kind.PROMPT
     streamed: bool = False
 
 
@@ -158,7 +161,8 @@ def ask(endpoint: Endpoint, body: Mapping[str, Any], size: int, backend: Backend
     prompt, answers = size // BYTES_PER_TOKEN + 1, choices(body)
     if backend.max_model_len is not None:
         prompt, length = (min(n, backend.max_model_len) for n in (prompt, length))
-    return Ask(prompt, answers * length, body.get("stream") is True)
+    kind = Kind.EMBEDDING if endpoint.shape is _EMBEDDING else Kind.PROMPT
+    return Ask(prompt, answers * length, kind, body.get("stream") is True)
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:

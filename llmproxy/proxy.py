@@ -20,6 +20,7 @@ from llmproxy import __version__, config, logs
 from llmproxy.admin import AdminSite, admin_resource
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
+from llmproxy.budgets import Budgets
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
 from llmproxy.connections import Connections, bounds, descriptors
@@ -162,10 +163,18 @@ class Proxy(logs.LoggingService):
             metrics=self.metrics,
             prices=self._priced(self.config),
             limits=Limits(self.config.limits, time.monotonic, self.metrics.limited),
+            budgets=Budgets(
+                self.config.limits,
+                self.stores.spending,
+                clock,
+                time.monotonic,
+                self.metrics.limited,
+            ),
         )
 
     def _priced(self, settings: Config) -> PriceList:
         """The price list in force, which the ledger knows before a row speaks of it."""
+        self.stores.currency = settings.prices.currency
         prices = PriceList(settings.prices)
         known = self.stores.ledger.know(prices.all())
         known.addErrback(lambda failure: log.failure("prices are not written down", failure))

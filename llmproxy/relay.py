@@ -27,15 +27,17 @@ class BodyEnd(enum.Enum):
 class BodyReader:
     """An `IProtocol`. Hands a backend's body to `sink`, piece by piece; `ended` fires exactly once.
 
-    States: reading; paused (by the client's slowness, when the silence is not the backend's
-    fault); over.
+    States: reading; paused (by the client's slowness, or held by us, when the silence is not the
+    backend's fault); over.
     """
 
     __slots__ = (
         "_at_silence",
         "_clock",
         "_heard_at",
+        "_held",
         "_over",
+        "_paused",
         "_seconds",
         "_silence_s",
         "_sink",
@@ -57,6 +59,7 @@ class BodyReader:
         self._heard_at = 0.0
         self._at_silence = BodyEnd.STALLED
         self._over = False
+        self._paused = self._held = False
 
     def makeConnection(self, transport: Any) -> None:
         """The body begins."""
@@ -95,14 +98,32 @@ class BodyReader:
             self._listen()
 
     def pauseProducing(self) -> None:
-        """Hold the backend up."""
+        """The client is slower: hold the backend up."""
+        self._paused = True
+        self._pause()
+
+    def resumeProducing(self) -> None:
+        """The client has caught up."""
+        self._paused = False
+        self._resume()
+
+    def hold(self) -> None:
+        """Read nothing until `release`, whatever the client's speed."""
+        self._held = True
+        self._pause()
+
+    def release(self) -> None:
+        """Go on, at the client's speed."""
+        self._held = False
+        self._resume()
+
+    def _pause(self) -> None:
         if not self._over and self.transport is not None:
             self._cancel_timer()
             self.transport.pauseProducing()
 
-    def resumeProducing(self) -> None:
-        """Go on."""
-        if not self._over and self.transport is not None:
+    def _resume(self) -> None:
+        if not self._over and self.transport is not None and not (self._paused or self._held):
             self._listen()
             self.transport.resumeProducing()
 

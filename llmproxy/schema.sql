@@ -72,7 +72,7 @@ CREATE TABLE IF NOT EXISTS ledger (
 	path TEXT NOT NULL,
 	model TEXT NOT NULL,
 	device TEXT NOT NULL,
-	outcome TEXT,          -- complete, truncated, stalled, client_gone, refused, backend_failed; NULL after a crash
+	outcome TEXT,          -- complete, truncated, stalled, client_gone, out_of_budget, refused, backend_failed; NULL after a crash
 	status INTEGER,        -- the backend's HTTP status
 	prompt INTEGER,
 	completion INTEGER,

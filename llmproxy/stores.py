@@ -19,10 +19,11 @@ from llmproxy.config import Config
 from llmproxy.delivery import POLL_S, Delivery
 from llmproxy.errors import StorageError
 from llmproxy.model import State
-from llmproxy.storage import IAccounts, IUsage
+from llmproxy.storage import IAccounts, ISpending, IUsage
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.rows import install
+from llmproxy.storage.spending import SQLiteSpending
 from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
 from llmproxy.storage.turnstile import Turnstile
 from llmproxy.storage.usage_days import SQLiteUsage
@@ -47,7 +48,8 @@ def prepare_database(config: Config) -> None:
 
 
 class Stores:
-    """`accounts`, `ledger` and `usage`, from `open` to `close`.
+    """`accounts`, `ledger`, `usage` and `spending`, from `open` to `close`. `currency`: the one of
+    the prices in force.
 
     `prepared`: `prepare_database` has been called. `delivers`: with MongoDB, this is the process
     that delivers the bills, of which it looks for those of others every `poll_s`.
@@ -58,6 +60,7 @@ class Stores:
     accounts: IAccounts
     ledger: SQLiteLedger
     usage: IUsage
+    spending: ISpending
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Stores:
         self._pools: list[ConnectionPool] = []
         self._mongo: mongo.MongoStore | None = None
         self.delivery: Delivery | None = None
+        self.currency = config.prices.currency
 
     async def open(self, on_commit: Callable[[float, int], None]) -> Mapping[State, int]:
         """Make what is missing, and `recover`.
@@ -99,6 +103,7 @@ class Stores:
             turnstile=self._turnstile,
         )
         self.usage = SQLiteUsage(self._pool(), self._reactor)
+        self.spending = SQLiteSpending(self.ledger.writer, lambda: self.currency)
         if self._config.db.is_mongodb:
             await self._open_mongo()
         else:

@@ -189,7 +189,11 @@ def test_metrics_that_are_mentioned_exist(name: str) -> None:
 def test_the_types_of_backend_errors_are_those_of_the_metric() -> None:
     types = set(code(documented("Metrics")["llmproxy_backend_errors_total"][2]))
     assert types == ERROR_TYPES
-    assert {str(outcome) for outcome in Outcome} - {"complete", "client_gone"} <= types
+    assert {str(outcome) for outcome in Outcome} - {
+        "complete",
+        "client_gone",
+        "out_of_budget",
+    } <= types
 
 
 # States and endings

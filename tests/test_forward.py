@@ -25,10 +25,16 @@ from llmproxy.backends import Route
 from llmproxy.billing import NOTHING
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Shape
-from llmproxy.errors import BackendError, BackendTimeout, BadRequest, Unavailable
-from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Order, Timing
+from llmproxy.errors import (
+    BackendError,
+    BackendTimeout,
+    BadRequest,
+    InsufficientQuota,
+    Unavailable,
+)
+from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Lease, Order, Timing
 from llmproxy.meter import StreamMeter, read_answer
-from llmproxy.model import Kind, Outcome, Reading
+from llmproxy.model import Counts, Kind, Outcome, Reading
 from llmproxy.upstream import NotSent, Upstream
 
 SILENCE_S, KEEPALIVE_S, DRAIN_S = 60.0, 15.0, 300.0
@@ -56,6 +62,7 @@ class Story:
         stream: bool = True,
         convert: Callable[[bytes], Answer] | None = None,
         keepalive_s: float = 0,
+        lease: Lease | None = None,
         **backend: Any,
     ) -> None:
         self.clock = clock
@@ -90,6 +97,7 @@ class Story:
             clock,
             Timing(SILENCE_S, keepalive_s),
             lambda meter: self.chunks.append(meter.content_events),
+            lease,
         )
         self.running: Deferred[Ending] | None = None
 
@@ -683,3 +691,103 @@ def test_comments_can_be_turned_off(story):
     assert story.shown == b""
     story.forward.stop()
     story.end()
+
+
+# --- a lease ----------------------------------------------------------------------------------
+
+
+class Lender:
+    """Lends a stream what it may pass on: 2 events at first, then what the test says."""
+
+    def __init__(self) -> None:
+        self.told: list[Counts] = []
+        self.says: Deferred[int] = Deferred()
+
+    async def more(self, counts: Counts) -> int:
+        self.told.append(counts)
+        return await self.says
+
+    @property
+    def lease(self) -> Lease:
+        return Lease(2, self.more)
+
+
+USED_UP = InsufficientQuota("used up")
+
+
+@pytest.fixture
+def lender() -> Lender:
+    return Lender()
+
+
+@pytest.fixture
+def lent(clock: Clock, lender: Lender) -> Story:
+    return Story(clock, lease=lender.lease).begin().answer(STREAM + chunk(HEL))
+
+
+def test_a_stream_asks_at_the_end_of_its_lease_and_waits(lent, lender):
+    assert lender.told == []
+    lent.answer(chunk(LO))
+    assert lender.told == [{Kind.COMPLETION: 2}]
+    assert not lent.link.wire.is_reading
+    lender.says.callback(2)
+    assert lent.link.wire.is_reading
+    lent.answer(chunk(HEL), chunk(USED), chunk(DONE) + LAST_CHUNK)
+    assert lent.end().outcome is Outcome.COMPLETE
+    assert len(lender.told) == 1
+
+
+def test_a_client_that_catches_up_does_not_end_the_wait(lent, lender):
+    lent.answer(chunk(LO))
+    lent.down.pauseProducing()
+    lent.down.resumeProducing()
+    assert not lent.link.wire.is_reading
+    lent.down.pauseProducing()
+    lender.says.callback(9)
+    assert not lent.link.wire.is_reading  # the client is slow now
+    lent.down.resumeProducing()
+    assert lent.link.wire.is_reading
+    lent.answer(chunk(DONE) + LAST_CHUNK)
+    lent.end()
+
+
+def test_the_wait_is_no_silence_of_the_backend(lent, lender, clock):
+    lent.answer(chunk(LO))
+    clock.advance(2 * SILENCE_S)
+    assert lent.is_running
+    lender.says.callback(9)
+    clock.advance(SILENCE_S)
+    assert lent.end().outcome is Outcome.STALLED
+
+
+def test_a_stream_without_another_lease_ends_with_what_it_was_told(lent, lender):
+    lent.answer(chunk(LO))
+    lender.says.errback(USED_UP)
+    ending = lent.end()
+    assert outcome_of(ending) == (Outcome.OUT_OF_BUDGET, RUNNING, 200)
+    assert ending.last is USED_UP
+
+
+def test_the_end_of_an_answer_needs_no_lease(lent, lender):
+    lent.answer(chunk(LO) + chunk(USED) + chunk(DONE) + LAST_CHUNK)
+    assert outcome_of(lent.end()) == (Outcome.COMPLETE, EXACT, 200)
+    assert lender.told == []
+
+
+def test_a_backend_that_ends_while_the_lease_is_waited_for_has_ended(lent, lender):
+    lent.answer(chunk(LO))
+    lent.link.close()
+    assert lent.end().outcome is Outcome.TRUNCATED
+    lender.says.errback(USED_UP)  # too late to matter
+
+
+def test_a_client_that_leaves_while_the_lease_is_waited_for_is_drained_by_it(lent, lender):
+    lent.answer(chunk(LO))
+    lent.server.leave()
+    assert not lent.link.wire.is_reading
+    lender.says.callback(1)
+    lender.says = Deferred()
+    lent.answer(chunk(HEL))
+    lender.says.errback(USED_UP)
+    assert lent.end().outcome is Outcome.CLIENT_GONE
+    assert len(lender.told) == 2

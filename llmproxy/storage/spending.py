@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from typing import NamedTuple
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from zope.interface import implementer
 
+from llmproxy.errors import StorageError
 from llmproxy.model import MAX_COUNT, Amount, Counts, Spending, utcnow
 from llmproxy.prices import PICO
 from llmproxy.storage import ISpending, rows
@@ -82,6 +83,9 @@ class SQLiteSpending:
 
     def of(self, key_id: str, running: Mapping[str, Counts]) -> Deferred[Spending]:
         """See `ISpending.of`."""
+        if self._writer.hopeless:
+            # Nothing is kept of it: an outage of hours must not fill the memory.
+            return fail(StorageError("the ledger can't be written"))
         noted = [rows.checkpoint(rid, counts) for rid, counts in running.items()]
         found: list[Spending] = []
 
