@@ -406,6 +406,7 @@ def test_credit_ends_at_nothing_and_at_the_largest_number(tool: Tool) -> None:
     tool.run("user", "credit", "ab", "--tokens", "1", "--cost", "-6", code=1)
     assert f"cost_total would be -1; it may be 0 to {MAX_BUDGET}" in tool.err
     tool.run("user", "credit", "ab", "--cost", f"{MAX_BUDGET}", code=1)
+    assert f"cost_total would be {MAX_BUDGET + 5}; it may be 0 to {MAX_BUDGET}" in tool.err
     assert totals(tool) == [(5, None)]
     tool.run("user", "credit", "ab", "--cost", "-5")
     assert totals(tool) == [(0, None)]
