@@ -271,6 +271,19 @@ async def test_a_key_may_have_limits_of_its_own(
     assert found == Account("key-1", limits=own)
 
 
+@pytest_twisted.ensureDeferred
+async def test_credit_is_added_in_place(server: Mongod) -> None:
+    keys = server.client().cgc.api_keys
+    keys.insert_one({"_id": "key-1", "access_level": "LLM", "secret": HASH})
+    async with opened(uri(server)) as store:
+        for total in (10_000_000, 20_000_000):
+            keys.update_one({"secret": HASH}, {"$inc": {"limits.cost_total": 10_000_000}})
+            found = await store.accounts.find(HASH, NOW)
+            assert found == Account("key-1", limits=OwnLimits(cost_total=total))
+        keys.update_one({"secret": HASH}, {"$inc": {"limits.cost_total": -20_000_001}})
+        assert await store.accounts.find(HASH, NOW) is None
+
+
 NO_LIMIT: list[Any] = ["60", -1, 1.5, True, 10**6 + 1, math.nan, [1], math.inf, {}, ""]
 NO_LIMITS: list[Any] = [
     *(60, "60", [], [60], True, {"request_per_minute": 60}),
@@ -1119,7 +1132,10 @@ def replay(client: mongod.Client, calls: Sequence[Document]) -> None:
             kind = call["method"].removeprefix("create").lower()
             database.command(call["method"], first.pop(kind), **first)
         elif call["method"] == "updateOne":
-            database[call["collection"]].update_one(first, rest[0], **rest[1])
+            change, *options = rest
+            database[call["collection"]].update_one(
+                first, change, **(options[0] if options else {})
+            )
         else:
             assert call["method"] in ("insertOne", "createIndex")
             method = re.sub("([A-Z])", r"_\1", call["method"]).lower()
@@ -1154,7 +1170,9 @@ async def test_the_snippets_of_the_docs_make_a_user_that_works() -> None:
     with mongod.running(Mongod()) as server:
         replay(server.client(), run_in_shell("\n".join(snippets)))
         async with opened(uri(server)) as store:
-            assert await store.accounts.find("HASH", NOW) is not None
+            found = await store.accounts.find("HASH", NOW)
+            assert found is not None
+            assert found.limits == OwnLimits(cost_total=10_000_000)
             await store.events.deliver([event()])
 
 
