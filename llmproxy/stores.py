@@ -23,8 +23,9 @@ from llmproxy.storage import IAccounts, ISpending, IUsage
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.rows import install
+from llmproxy.storage.shared_spending import SharedSpending
 from llmproxy.storage.spending import SQLiteSpending
-from llmproxy.storage.sqlite import SQLiteAccounts, make_pool, prepare
+from llmproxy.storage.sqlite import SQLiteAccounts, journal_id, make_pool, prepare
 from llmproxy.storage.turnstile import Turnstile
 from llmproxy.storage.usage_days import SQLiteUsage
 
@@ -128,6 +129,9 @@ class Stores:
         self._mongo = mongo.connect(self._config.db.uri, self._reactor)
         await self._mongo.start()
         self.accounts = self._mongo.accounts
+        self.spending = SharedSpending(
+            self.spending, journal_id(self._path), self._mongo.spending.exchange
+        )
         if not self._delivers:
             return
         self.delivery = Delivery(

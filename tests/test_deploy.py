@@ -300,10 +300,20 @@ def test_configurations_are_valid(path: Path, tmp_path: Path):
     assert str(stored).startswith("/var/lib/llmproxy/")
 
 
-def test_the_mongodb_script_grants_two_rights():
+def test_the_mongodb_script_grants_what_is_needed_and_no_more():
     script = (DEPLOY / "mongodb-init.js").read_text()
     actions = re.findall(r'collection: "(\w+)" }, actions: \[(.*?)\]', script)
-    assert actions == [("api_keys", '"find"'), ("events_oneoff", '"insert"')]
+    assert actions == [
+        ("api_keys", '"find"'),
+        ("events_oneoff", '"insert"'),
+        ("limits", '"find", "insert", "update"'),
+    ]
+    granted = re.findall(r'{ role: "(\w+)", db: "(\w+)" }', script)
+    assert granted == [
+        ("apiKeysReader", "cgc"),
+        ("completionBillingWriter", "billing"),
+        ("limitsWriter", "llmproxy"),
+    ]
 
 
 # Prometheus and Grafana

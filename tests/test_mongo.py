@@ -44,7 +44,7 @@ from zope.interface.verify import verifyObject
 
 from llmproxy.delivery import Delivery
 from llmproxy.errors import ConfigError, StorageError
-from llmproxy.model import BUDGETS, Account, Event, OwnLimits
+from llmproxy.model import BUDGETS, Account, Amount, Event, OwnLimits, Spending
 from llmproxy.storage import IAccounts, IEventSink, IOutbox
 from llmproxy.storage.mongo import (
     MongoStore,
@@ -61,10 +61,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
 HASH = "5d6b091416885eaa91283321b69dc526fc42c97783e4cdfdff7a945e3be1f9ef"
 PASSWORD = "canary-password"
+SPENT = Spending(NOW.date(), Amount(1, 2), Amount(3, 4), Amount(5, 6), Amount(7, 8), 9)
 
 ROLES = [
     {"role": "apiKeysReader", "db": "cgc"},
     {"role": "completionBillingWriter", "db": "billing"},
+    {"role": "limitsWriter", "db": "llmproxy"},
 ]
 
 # Survives a kill of a server that stands alone.
@@ -96,6 +98,10 @@ def create_roles(client: mongod.Client) -> None:
     client.cgc.command("createRole", "apiKeysReader", privileges=[find], roles=[])
     insert = {"resource": {"db": "billing", "collection": "events_oneoff"}, "actions": ["insert"]}
     client.billing.command("createRole", "completionBillingWriter", privileges=[insert], roles=[])
+    actions = ["find", "insert", "update"]
+    share = {"resource": {"db": "llmproxy", "collection": "limits"}, "actions": actions}
+    with contextlib.suppress(pymongo.errors.OperationFailure):  # made by other tests of limits
+        client.llmproxy.command("createRole", "limitsWriter", privileges=[share], roles=[])
 
 
 def create_user(client: mongod.Client, name: str, password: str = PASSWORD, **options: Any) -> None:
@@ -271,19 +277,6 @@ async def test_a_key_may_have_limits_of_its_own(
     assert found == Account("key-1", limits=own)
 
 
-@pytest_twisted.ensureDeferred
-async def test_credit_is_added_in_place(server: Mongod) -> None:
-    keys = server.client().cgc.api_keys
-    keys.insert_one({"_id": "key-1", "access_level": "LLM", "secret": HASH})
-    async with opened(uri(server)) as store:
-        for total in (10_000_000, 20_000_000):
-            keys.update_one({"secret": HASH}, {"$inc": {"limits.cost_total": 10_000_000}})
-            found = await store.accounts.find(HASH, NOW)
-            assert found == Account("key-1", limits=OwnLimits(cost_total=total))
-        keys.update_one({"secret": HASH}, {"$inc": {"limits.cost_total": -20_000_001}})
-        assert await store.accounts.find(HASH, NOW) is None
-
-
 NO_LIMIT: list[Any] = ["60", -1, 1.5, True, 10**6 + 1, math.nan, [1], math.inf, {}, ""]
 NO_LIMITS: list[Any] = [
     *(60, "60", [], [60], True, {"request_per_minute": 60}),
@@ -441,6 +434,7 @@ async def test_the_user_of_the_docs_can_do_its_work_and_nothing_else(server: Mon
     async with opened(uri(server, "least")) as store:
         assert await store.accounts.find(HASH, NOW) is None
         await store.events.deliver([event()])
+        assert await store.spending.exchange("key-1", "0" * 16, SPENT) == SPENT
     with server.connect(username="least", password=PASSWORD, authSource="cgc") as least:
         forbidden: list[Callable[[], object]] = [
             lambda: least.cgc.api_keys.insert_one({}),
@@ -452,6 +446,9 @@ async def test_the_user_of_the_docs_can_do_its_work_and_nothing_else(server: Mon
             lambda: least.billing.events_oneoff.delete_many({}),
             lambda: least.billing.events_oneoff.drop(),
             lambda: least.billing.other.insert_one({}),
+            lambda: least.llmproxy.limits.delete_many({}),
+            lambda: least.llmproxy.limits.drop(),
+            lambda: least.llmproxy.other.insert_one({}),
             lambda: least.admin.command("listDatabases", nameOnly=False, authorizedDatabases=False),
         ]
         for attempt in forbidden:
@@ -1098,12 +1095,15 @@ async def test_ipv6_members_are_reached() -> None:
 
 SHELL = """
 const calls = [];
-const note = (db, collection, method) => (...args) => calls.push({db, collection, method, args});
+const note = (db, collection, method) => (...args) => {
+  calls.push({db, collection, method, args});
+  return {toArray: () => []};
+};
 const proxy = (get) => new Proxy({}, {get: (_, name) => get(name)});
 const collection = (db, name) => proxy((method) => note(db, name, method));
 const db = {getSiblingDB: (name) => proxy((member) => (
   member === "getCollection" ? (other) => collection(name, other)
-  : ["createRole", "createUser"].includes(member) ? note(name, null, member)
+  : ["createRole", "createUser", "grantRolesToUser"].includes(member) ? note(name, null, member)
   : collection(name, member)))};
 const passwordPrompt = () => "canary-password";
 Date.prototype.toJSON = function () { return {$date: this.toISOString()}; };
@@ -1131,13 +1131,12 @@ def replay(client: mongod.Client, calls: Sequence[Document]) -> None:
         if call["method"] in ("createRole", "createUser"):
             kind = call["method"].removeprefix("create").lower()
             database.command(call["method"], first.pop(kind), **first)
+        elif call["method"] == "grantRolesToUser":
+            database.command(call["method"], first, roles=rest[0])
         elif call["method"] == "updateOne":
-            change, *options = rest
-            database[call["collection"]].update_one(
-                first, change, **(options[0] if options else {})
-            )
+            database[call["collection"]].update_one(first, rest[0], **rest[1])
         else:
-            assert call["method"] in ("insertOne", "createIndex")
+            assert call["method"] in ("insertOne", "createIndex", "find", "deleteMany")
             method = re.sub("([A-Z])", r"_\1", call["method"]).lower()
             getattr(database[call["collection"]], method)(first)
 
@@ -1170,10 +1169,9 @@ async def test_the_snippets_of_the_docs_make_a_user_that_works() -> None:
     with mongod.running(Mongod()) as server:
         replay(server.client(), run_in_shell("\n".join(snippets)))
         async with opened(uri(server)) as store:
-            found = await store.accounts.find("HASH", NOW)
-            assert found is not None
-            assert found.limits == OwnLimits(cost_total=10_000_000)
+            assert await store.accounts.find("HASH", NOW) is not None
             await store.events.deliver([event()])
+            assert await store.spending.exchange("key-1", "0" * 16, SPENT) == SPENT
 
 
 def test_the_document_s_id_is_in_the_document() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -30,7 +31,15 @@ from twisted.internet.defer import gatherResults
 
 from llmproxy.errors import StorageError
 from llmproxy.model import BUDGETS, MAX_BUDGET, Account, OwnLimits
-from llmproxy.storage.sqlite import SQLiteAccounts, connect, from_text, make_pool, prepare, to_text
+from llmproxy.storage.sqlite import (
+    SQLiteAccounts,
+    connect,
+    from_text,
+    journal_id,
+    make_pool,
+    prepare,
+    to_text,
+)
 
 SCHEMA = files("llmproxy").joinpath("schema.sql").read_text()
 NOW = datetime(2026, 6, 15, 12, 0, 0, tzinfo=UTC)
@@ -150,6 +159,19 @@ def test_a_ledger_of_an_earlier_version_gets_new_columns_once_and_keeps_its_rows
     found = query(path, "SELECT rid, price, held_tokens, held_cost FROM ledger")
     assert found == [("r", None, None, None)]
     assert len(query(path, "SELECT id FROM journal")) == 1
+
+
+def test_a_file_has_a_name_of_its_own_for_ever(path: Path) -> None:
+    prepare(path)
+    name = journal_id(path)
+    assert re.fullmatch("[0-9a-f]{16}", name)
+    prepare(path)
+    assert journal_id(path) == name
+    other = path.with_name("other.sqlite")
+    prepare(other)
+    assert journal_id(other) != name
+    with pytest.raises(StorageError, match=r"nobody\.sqlite"):
+        journal_id(path.with_name("nobody.sqlite"))
 
 
 def test_keys_limits_of_an_earlier_version_get_budgets_that_are_checked(path: Path) -> None:

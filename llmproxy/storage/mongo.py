@@ -1,8 +1,8 @@
 """Accounts and the bill in MongoDB.
 
-Two privileges are used and no other: `find` on `cgc.api_keys`, `insert` on
-`billing.events_oneoff`. This module leads to txmongo, which takes the global reactor when it is
-imported; so import it only where a MongoDB is configured.
+Two privileges are needed: `find` on `cgc.api_keys`, `insert` on `billing.events_oneoff`. Those that
+`mongo_limits` has to have are used where keys have limits. This module leads to txmongo, which
+takes the global reactor when it is imported; so import it only where a MongoDB is configured.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from llmproxy.errors import ConfigError, StorageError
 from llmproxy.expiry import UNREADABLE
 from llmproxy.model import LARGEST, Account, Event, OwnLimits, utcnow
 from llmproxy.storage import IAccounts, IEventSink
+from llmproxy.storage.mongo_limits import KeyDocuments, MongoSpending
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import KEY, MongoAddress, Resolver, parse, resolve, system_resolver
 from llmproxy.storage.mongo_wire import Document, describe
@@ -186,7 +187,7 @@ class MongoAccounts:
         }
         if self._pool.read_concern is not None:
             command["readConcern"] = {"level": self._pool.read_concern}
-        return await self._pool.read(database, command, timeout_s=FIND_TIMEOUT_S)
+        return await self._pool.ask(database, command, timeout_s=FIND_TIMEOUT_S)
 
 
 @implementer(IEventSink)
@@ -230,7 +231,8 @@ def raise_unless_stored(reply: Mapping[str, Any]) -> None:
 
 
 class MongoStore:
-    """The two stores of one deployment: `accounts` and `events`, from `start()` to `close()`."""
+    """The stores of one deployment, `accounts`, `events` and `spending`, from `start()` to
+    `close()`."""
 
     def __init__(
         self, reactor: IReactorTime, address: MongoAddress, resolver: Resolver | None = None
@@ -241,6 +243,7 @@ class MongoStore:
         self.pool = MongoPool(reactor, address)
         self.accounts = MongoAccounts(self.pool)
         self.events = MongoEvents(self.pool)
+        self.spending = MongoSpending(KeyDocuments(self.pool, reactor))
 
     @property
     def connected(self) -> bool:
@@ -248,7 +251,8 @@ class MongoStore:
         return self.pool.connected
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> Deferred[None]:
-        """Connect, and make sure that both privileges are there; writes nothing.
+        """Connect, and make sure that both privileges are there; writes nothing. Those for limits
+        are not tried: whether any key will have some is not known.
 
         Fails with `ConfigError` where the server refuses us, with `StorageError` where it does not
         answer in time; everything is closed then. Later outages are waited out.

@@ -57,7 +57,7 @@ PING_S = 2.0  # both between pings and for an answer
 class MongoPool:
     """Connections to the primary, made anew whenever they are lost, until `close()`.
 
-    `read()` and `write()` fail with `StorageError` and nothing else, but for a caller's own
+    `ask()` and `write()` fail with `StorageError` and nothing else, but for a caller's own
     cancellation.
     """
 
@@ -144,10 +144,11 @@ class MongoPool:
         with suppress(DeferredTimeout):
             await ends.addTimeout(CLOSE_TIMEOUT_S, self._reactor)
 
-    async def read(self, database: str, command: Document, *, timeout_s: float) -> Document:
-        """Run a command without effect on the primary, within `timeout_s`; returns its reply.
+    async def ask(self, database: str, command: Document, *, timeout_s: float) -> Document:
+        """Run a command on the primary, within `timeout_s`; returns its reply.
 
-        The reply can be an error. If the connection is lost, another one is tried, once.
+        The reply can be an error. If the connection is lost, another one is tried, once: the
+        command must have no effect, or none that changes when it is carried out again.
         """
         deadline = self._reactor.seconds() + timeout_s
         try:
@@ -161,7 +162,7 @@ class MongoPool:
     ) -> Document:
         """Run an insert of `documents`, to be acknowledged when it is there to stay.
 
-        Like `read()`, but never sent twice. A failure says nothing of the effect.
+        Like `ask()`, but never sent twice. A failure says nothing of the effect.
         """
         return await self._call(database, command, documents, timeout_s)
 

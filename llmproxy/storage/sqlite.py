@@ -133,6 +133,21 @@ def prepare(path: Path) -> None:
             time.sleep(PREPARE_RETRY_S)
 
 
+def journal_id(path: Path) -> str:
+    """The name of a prepared file, by which other proxies know it for ever: 16 hex digits.
+
+    Raises StorageError; blocks, so: at start.
+    """
+    connection = connect(path)
+    try:
+        name: str = connection.execute("SELECT id FROM journal").fetchone()[0]
+    except sqlite3.Error as error:
+        raise StorageError(f"database {path}: {error}") from error
+    finally:
+        connection.close()
+    return name
+
+
 def _migrate_file(path: Path) -> None:
     connection = connect(path)
     try:

@@ -1,0 +1,370 @@
+"""What proxies share of a key in MongoDB, against a real mongod: sums, races, faults."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import mongod
+import pymongo.errors
+import pytest
+import pytest_twisted
+from bson import Int64
+from mongod import Mongod, ReplicaSet
+from twisted.internet import reactor as _reactor
+from twisted.internet.defer import CancelledError, Deferred, gatherResults, succeed
+from twisted.internet.task import deferLater
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from llmproxy.errors import StorageError
+from llmproxy.model import MAX_COUNT, Amount, Counts, Kind, Spending
+from llmproxy.storage import ISpending
+from llmproxy.storage.mongo_limits import ROLE, KeyDocuments, MongoSpending
+from llmproxy.storage.mongo_pool import MongoPool
+from llmproxy.storage.mongo_uri import parse
+from llmproxy.storage.shared_spending import SharedSpending
+
+reactor: Any = _reactor
+TODAY = date(2026, 3, 15)
+#: Of three journals; the first would be a place in a list, if the field were one.
+JOURNALS = ("0123456789012345", "00000000000000ab", "ffffffffffffffff")
+PASSWORD = "for-a-test"
+ACTIONS = ["find", "insert", "update"]
+PRIVILEGE = {"resource": {"db": "llmproxy", "collection": "limits"}, "actions": ACTIONS}
+Document = dict[str, Any]
+
+
+def create_user(client: mongod.Client, **durable: Any) -> None:
+    """Somebody who may use the limits, and nothing else."""
+    with contextlib.suppress(pymongo.errors.OperationFailure):  # the role is there already
+        client.llmproxy.command("createRole", ROLE, privileges=[PRIVILEGE], roles=[])
+    roles = [{"role": ROLE, "db": "llmproxy"}]
+    client.llmproxy.command("createUser", "limiter", pwd=PASSWORD, roles=roles, **durable)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Mongod:
+    server = mongod.standalone()
+    create_user(server.client())
+    return server
+
+
+@pytest.fixture
+def server(shared: Mongod) -> Iterator[Mongod]:
+    """The shared server, without documents and without faults."""
+    shared.client().llmproxy.limits.drop()
+    yield shared
+    shared.ensure_running()
+    shared.fail_command("off")
+
+
+@contextlib.asynccontextmanager
+async def pool(hosts: str) -> AsyncIterator[MongoPool]:
+    """A proxy's connections."""
+    opened = MongoPool(reactor, parse(f"mongodb://limiter:{PASSWORD}@{hosts}/?authSource=llmproxy"))
+    await opened.start(5.0)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+@contextlib.asynccontextmanager
+async def three(hosts: str) -> AsyncIterator[list[MongoPool]]:
+    async with pool(hosts) as one, pool(hosts) as two, pool(hosts) as three:
+        yield [one, two, three]
+
+
+@contextlib.asynccontextmanager
+async def spending(server: Mongod) -> AsyncIterator[MongoSpending]:
+    async with pool(server.address) as opened:
+        yield MongoSpending(KeyDocuments(opened, reactor))
+
+
+def spent(number: int, tokens: int = 0, cost: int = 0, **more: Any) -> Spending:
+    """A reading of one journal, which has used so much today and nothing before."""
+    amount = Amount(tokens, cost)
+    every: dict[str, Any] = {
+        "today": TODAY,
+        "day": amount,
+        "month": amount,
+        "ever": amount,
+        "number": number,
+    }
+    return Spending(**(every | more))
+
+
+def document(server: Mongod, key_id: str = "key-1") -> Document:
+    found = server.client().llmproxy.limits.find_one({"_id": key_id})
+    assert found is not None
+    return found
+
+
+def change(server: Mongod, **fields: Any) -> None:
+    """Change fields of the first journal's part, as if that had been so."""
+    values = {f"spent.{JOURNALS[0]}.{name}": value for name, value in fields.items()}
+    server.client().llmproxy.limits.update_one({"_id": "key-1"}, {"$set": values}, upsert=True)
+
+
+# What was spent
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_journal_s_totals_become_exactly_this_document(server: Mongod) -> None:
+    mine = Spending(TODAY, Amount(1, 2), Amount(3, 4), Amount(2**40, 6), Amount(7, 8), 9)
+    async with spending(server) as spent:
+        assert await spent.exchange("key-1", JOURNALS[0], mine) == mine
+    found = document(server)
+    part = found["spent"][JOURNALS[0]]
+    assert abs(part.pop("at").replace(tzinfo=UTC) - datetime.now(UTC)) < timedelta(seconds=5)
+    expected = {
+        "number": Int64(9),
+        "day": ["2026-03-15", Int64(1), Int64(2)],
+        "month": ["2026-03", Int64(3), Int64(4)],
+        "ever": [Int64(2**40), Int64(6)],
+        "held": [Int64(7), Int64(8)],
+    }
+    assert found == {"_id": "key-1", "spent": {JOURNALS[0]: expected}}
+    counts = [part["number"], *part["day"][1:], *part["month"][1:], *part["ever"], *part["held"]]
+    assert {type(count) for count in counts} == {Int64}
+
+
+@pytest_twisted.ensureDeferred
+async def test_each_learns_what_all_have_used_and_keys_are_apart(server: Mongod) -> None:
+    async with three(server.address) as pools:
+        ask = [MongoSpending(KeyDocuments(each, reactor)).exchange for each in pools]
+        # All at once, so that all make the document.
+        first = [
+            each("key-1", journal, spent(1, 10 ** (2 * n), 1, held=Amount(10**n)))
+            for n, (each, journal) in enumerate(zip(ask, JOURNALS, strict=True))
+        ]
+        found = await gatherResults(first)
+        assert max(each.ever.tokens for each in found) == 10101
+        for each, journal in zip(ask, JOURNALS, strict=True):
+            total = await each("key-2", journal, spent(1, 5))
+        assert total.ever.tokens == 15
+        total = await ask[0]("key-1", JOURNALS[0], spent(2, 2, 1))
+    assert total == spent(2, 10102, 3, held=Amount(110))
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_published_again_is_the_same(server: Mongod) -> None:
+    async with spending(server) as shared:
+        for _ in range(3):
+            total = await shared.exchange("key-1", JOURNALS[0], spent(1, 10))
+    assert total.ever.tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("today", "day", "month"),
+    [
+        (TODAY, 11, 11),
+        (date(2026, 3, 16), 1, 11),
+        (date(2026, 4, 1), 1, 1),
+        (date(2027, 3, 15), 1, 1),
+    ],
+)
+@pytest_twisted.ensureDeferred
+async def test_days_and_months_that_are_over_count_for_ever_only(
+    server: Mongod, today: date, day: int, month: int
+) -> None:
+    async with spending(server) as shared:
+        await shared.exchange("key-1", JOURNALS[0], spent(1, 10))
+        total = await shared.exchange("key-1", JOURNALS[1], spent(1, 1, today=today))
+    assert (total.day.tokens, total.month.tokens, total.ever.tokens) == (day, month, 11)
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_has_read_first_and_publishes_last_replaces_nothing_and_learns(
+    server: Mongod,
+) -> None:
+    async with spending(server) as shared:
+        await shared.exchange("key-1", JOURNALS[1], spent(1, 1))
+        await shared.exchange("key-1", JOURNALS[0], spent(8, 80))
+        late = await shared.exchange("key-1", JOURNALS[0], spent(7, 70))
+        assert (late.ever.tokens, late.number) == (81, 7)
+        assert document(server)["spent"][JOURNALS[0]]["number"] == 8
+        assert (await shared.exchange("key-1", JOURNALS[0], spent(9, 90))).ever.tokens == 91
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_journal_that_was_put_back_from_a_backup_is_heard_after_a_minute(
+    server: Mongod,
+) -> None:
+    async with spending(server) as shared:
+        await shared.exchange("key-1", JOURNALS[0], spent(1000, 80))
+        change(server, at=datetime.now(UTC) - timedelta(seconds=61))
+        await shared.exchange("key-1", JOURNALS[0], spent(7, 90))
+    assert document(server)["spent"][JOURNALS[0]]["number"] == 7
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_is_held_counts_for_as_long_as_its_journal_is_heard_of(server: Mongod) -> None:
+    async with spending(server) as shared:
+        await shared.exchange("key-1", JOURNALS[0], spent(1, 10, held=Amount(100, 200)))
+        for silent_s, held in ((50, Amount(101, 202)), (70, Amount(1, 2))):
+            change(server, at=datetime.now(UTC) - timedelta(seconds=silent_s))
+            mine = spent(silent_s, 1, held=Amount(1, 2))
+            total = await shared.exchange("key-1", JOURNALS[1], mine)
+            assert (total.held, total.day.tokens) == (held, 11)
+
+
+@pytest_twisted.ensureDeferred
+async def test_absurd_sums_are_the_most_and_no_error(server: Mongod) -> None:
+    async with spending(server) as shared:
+        for journal in JOURNALS:
+            total = await shared.exchange("key-1", journal, spent(1, MAX_COUNT, MAX_COUNT - 1))
+    assert total == spent(1, MAX_COUNT, MAX_COUNT)
+
+
+BROKEN: list[Mapping[str, Any]] = [
+    {"ever": None},
+    {"ever": [1]},
+    {"ever": ["many", 1]},
+    {"day": 7},
+    {"held": {}, "at": "now"},
+]
+
+
+@pytest.mark.parametrize("fields", BROKEN, ids=str)
+@pytest_twisted.ensureDeferred
+async def test_what_is_not_understood_is_an_error_and_no_sum(
+    server: Mongod, fields: Mapping[str, Any]
+) -> None:
+    async with spending(server) as shared:
+        await shared.exchange("key-1", JOURNALS[0], spent(1, 10))
+        change(server, **fields)
+        with pytest.raises(StorageError, match="as we make it"):
+            await shared.exchange("key-1", JOURNALS[1], spent(1, 1))
+
+
+# Faults
+
+
+#: Another one has made the document in the same moment.
+MADE: Document = {
+    "errorCode": 11000,
+    "errorExtraInfo": {"keyPattern": {"_id": 1}, "keyValue": {"_id": "key-1"}},
+}
+FAULTS: list[Document] = [
+    {"closeConnection": True},
+    {"errorCode": 10107},  # NotWritablePrimary
+    {"errorCode": 11600},  # InterruptedAtShutdown
+    MADE,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest_twisted.ensureDeferred
+async def test_a_fault_that_passes_is_not_seen(server: Mongod, fault: Document) -> None:
+    async with spending(server) as shared:
+        server.fail_command(1, failCommands=["findAndModify"], **fault)
+        assert await shared.exchange("key-1", JOURNALS[0], spent(1, 1)) == spent(1, 1)
+
+
+LASTING: list[tuple[Document, str]] = [
+    ({"errorCode": 50}, "error 50"),
+    (MADE, "error 11000"),
+    ({"closeConnection": True}, "connection lost"),
+    ({"blockConnection": True, "blockTimeMS": 1500}, "no answer within 1.0 s"),
+]
+
+
+@pytest.mark.parametrize(("fault", "error"), LASTING, ids=str)
+@pytest_twisted.ensureDeferred
+async def test_a_fault_that_lasts_is_an_error_within_a_second(
+    server: Mongod, fault: Document, error: str
+) -> None:
+    async with spending(server) as shared:
+        server.fail_command("alwaysOn", failCommands=["findAndModify"], **fault)
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=error):
+            await shared.exchange("key-1", JOURNALS[0], spent(1, 1))
+        assert time.monotonic() - began < 1.4
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_exchange_without_an_answer_may_have_been_one(server: Mongod) -> None:
+    async with spending(server) as shared:
+        server.pause()
+        asked = shared.exchange("key-1", JOURNALS[0], spent(1, 10))
+        await deferLater(reactor, 0.05)
+        asked.cancel()
+        with pytest.raises(CancelledError):
+            await asked
+        server.resume()
+        total = await shared.exchange("key-1", JOURNALS[0], spent(2, 11))
+    assert total.ever.tokens == 11
+
+
+@pytest_twisted.ensureDeferred
+async def test_who_lacks_the_role_is_told_which(server: Mongod) -> None:
+    server.client().llmproxy.command("revokeRolesFromUser", "limiter", roles=[ROLE])
+    try:
+        async with spending(server) as shared:
+            with pytest.raises(StorageError, match=f"'{ROLE}' of the database 'llmproxy'"):
+                await shared.exchange("key-1", JOURNALS[0], spent(1, 1))
+    finally:
+        server.client().llmproxy.command("grantRolesToUser", "limiter", roles=[ROLE])
+
+
+@pytest.fixture(scope="module")
+def replicas() -> ReplicaSet:
+    replicas = mongod.replica_set()
+    create_user(replicas.client(), writeConcern={"w": 3})
+    return replicas
+
+
+@pytest_twisted.ensureDeferred
+async def test_after_a_step_down_the_sums_are_what_the_journals_say(replicas: ReplicaSet) -> None:
+    async with three(replicas.seeds) as pools:
+        shared = [MongoSpending(KeyDocuments(each, reactor)) for each in pools]
+        for number in (1, 2, 3):
+            if number == 2:
+                replicas.step_down()
+            for each, journal in zip(shared, JOURNALS, strict=True):
+                total = await in_the_end(each, journal, spent(number, number))
+    assert total.ever.tokens == 9
+
+
+async def in_the_end(shared: MongoSpending, journal: str, mine: Spending) -> Spending:
+    """The sum of all, as soon as there is a primary."""
+    deadline = time.monotonic() + 20
+    while True:
+        began = time.monotonic()
+        try:
+            return await shared.exchange("key-1", journal, mine)
+        except StorageError:
+            assert time.monotonic() - began < 1.4
+            assert time.monotonic() < deadline
+            await deferLater(reactor, 0.05)
+
+
+# The proxy's own, and all
+
+
+@implementer(ISpending)
+class Own:
+    """What one proxy's file says."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, Mapping[str, Counts]]] = []
+
+    def of(self, key_id: str, running: Mapping[str, Counts]) -> Deferred[Spending]:
+        self.asked.append((key_id, running))
+        return succeed(spent(len(self.asked), 10))
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_proxy_says_what_all_have_used(server: Mongod) -> None:
+    own, running = Own(), {"r1": {Kind.COMPLETION: 5}}
+    async with spending(server) as shared:
+        await shared.exchange("key-1", JOURNALS[1], spent(1, 1))
+        both = SharedSpending(own, JOURNALS[0], shared.exchange)
+        assert verifyObject(ISpending, both)
+        assert await both.of("key-1", running) == spent(1, 11)
+    assert own.asked == [("key-1", running)]
