@@ -181,6 +181,17 @@ class Budgets:
         """The budgets of a key; few have any."""
         return self._for_all if account.limits is None else budgets_of(self._settings, account)
 
+    async def left(self, account: Account) -> dict[str, int] | None:
+        """What is left of each budget of a key, by its name; None: that can't be known now."""
+        budgets = self.of(account)
+        if not budgets:
+            return {}
+        purse = self._purse(account)
+        await self._read(account.key_id, purse)
+        if purse.known is None or self._failed_at is not None:
+            return None
+        return remaining(budgets, purse.known)
+
     async def hold(
         self, account: Account, budgets: tuple[Budget, ...], ask: Ask, price: Price | None
     ) -> Hold:

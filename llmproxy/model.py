@@ -183,6 +183,23 @@ class Spending(NamedTuple):
     number: int = 0
 
 
+class Claim(NamedTuple):
+    """How many requests at once a process may have in flight, and until when that counts (Unix
+    time in s)."""
+
+    slots: int
+    until: float
+
+
+class Share(NamedTuple):
+    """What all processes share of one key's rates: the Unix times (s) at which its buckets of
+    requests and of tokens are full again, and what each process claims, by its id."""
+
+    requests_full_at: float = 0.0
+    tokens_full_at: float = 0.0
+    claims: Mapping[str, Claim] = MappingProxyType({})
+
+
 class Attempt(NamedTuple):
     """One server's part in a request, of a model that has several; `number` counts from 1."""
 

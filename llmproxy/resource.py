@@ -177,7 +177,7 @@ class ModelsResource(KeyedResource):
 
 
 class UsageResource(KeyedResource):
-    """`GET /v1/usage`: what the key itself has used."""
+    """`GET /v1/usage`: what the key itself has used, and what is left of its budgets."""
 
     is_fixed = True
 
@@ -194,9 +194,11 @@ class UsageResource(KeyedResource):
         except StorageError:
             raise Unavailable("Usage can't be read right now; try again shortly.") from None
         config, limits = self._services.config, self._services.limits
+        budgets = self._services.budgets
         scope = usage_report.SCOPES[config.db.is_mongodb]
         own = config.limits if limits is None else limits.of(account)
-        return usage_report.report(used, since, until, scope, asdict(own))
+        left = {} if budgets is None else await budgets.left(account)
+        return usage_report.report(used, since, until, scope, asdict(own), left)
 
 
 def make_root(services: Services, started: int, usage: IUsage | None = None) -> IResource:

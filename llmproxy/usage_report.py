@@ -56,9 +56,15 @@ def _day(given: dict[str, list[str]], name: str) -> date | None:
 
 
 def report(
-    used: Sequence[Used], since: date, until: date, scope: str, limits: Mapping[str, int | None]
+    used: Sequence[Used],
+    since: date,
+    until: date,
+    scope: str,
+    limits: Mapping[str, int | None],
+    left: Mapping[str, int] | None,
 ) -> bytes:
-    """The answer's JSON; `scope` is one of `SCOPES`, and `limits` are the key's, as in `KeyLimits`.
+    """The answer's JSON; `scope` is one of `SCOPES`, `limits` are the key's, as in `KeyLimits`, and
+    `left` is what is left of its budgets: None where that can't be known.
 
     What was used in several currencies, or without a price, has a line for each.
     """
@@ -72,6 +78,7 @@ def report(
         "limits": {
             name: limit if limit or name in BUDGETS else None for name, limit in limits.items()
         },
+        "remaining": left,
         "data": [
             {"object": "usage", "day": day, "model": model, **_sums(list(group))}
             for (day, model, _), group in groupby(

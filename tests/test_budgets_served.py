@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import orjson
 import pytest
 import pytest_twisted
@@ -16,12 +18,15 @@ from backend import (
     CHUNKED,
     LAST_CHUNK,
     Connection,
+    Flood,
     ScriptedBackend,
+    Stall,
     chunk,
     head,
     json_answer,
     sse_event,
 )
+from clients import Clients
 from proxy import Answer, ProxyHandle, request_bytes, running_proxy
 from twisted.internet import reactor
 from twisted.internet.defer import DeferredList, ensureDeferred
@@ -31,7 +36,7 @@ from llmproxy.budgets import LEASE
 from llmproxy.storage.sqlite import connect
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
-ASK = {"model": "chat", "messages": [{"role": "user", "content": "hello"}]}
+ASK: Any = {"model": "chat", "messages": [{"role": "user", "content": "hello"}]}
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 COMPLETION = {"choices": [{"message": {"content": "hi"}}], "usage": USAGE}
 WHOLE = json_answer(200, COMPLETION)
@@ -211,6 +216,62 @@ async def test_a_client_that_leaves_is_drained_no_further_than_its_credit(tmp_pa
         [(state, outcome, prompt, completion)] = await proxy.settled()
         assert (state, outcome, prompt) == ("estimated", "client_gone", None)
         assert 1000 <= completion <= 1000 + LEASE + 8
+
+
+@pytest_twisted.ensureDeferred
+async def test_openai_s_client_has_the_text_and_then_the_error(tmp_path: Path) -> None:
+    got: list[str] = []
+
+    def read(client: openai.OpenAI) -> None:
+        for part in client.chat.completions.create(stream=True, **ASK):
+            got.append(part.choices[0].delta.content)
+
+    async with served(tmp_path, answer_of(5000), tokens_total=300) as (proxy, _):
+        clients = Clients(proxy.url, "token2")
+        with pytest.raises(openai.APIError) as ended:
+            await clients.ask(read)
+        assert ended.value.code == OUT
+        assert [(len(got),)] == proxy.query("SELECT completion FROM ledger")
+        with pytest.raises(openai.APIStatusError) as refused:
+            await clients.ask(read)
+        assert (refused.value.status_code, refused.value.code) == (402, OUT)
+
+
+def named(name: str, **data: Any) -> bytes:
+    return chunk(b"event: %s\ndata: %s\n\n" % (name.encode(), orjson.dumps({"type": name, **data})))
+
+
+@pytest_twisted.ensureDeferred
+async def test_anthropic_s_client_has_the_text_and_then_the_error(tmp_path: Path) -> None:
+    usage = {"input_tokens": 7, "output_tokens": 0}
+    message = {"id": "m", "type": "message", "role": "assistant", "content": [], "model": "chat"}
+    begun = named("message_start", message={**message, "stop_reason": None, "usage": usage})
+    text = {"type": "text", "text": ""}
+    block = named("content_block_start", index=0, content_block=text)
+    more = named("content_block_delta", index=0, delta={"type": "text_delta", "text": "x"})
+    script = [head(200, CHUNKED), begun + block, Flood(more, 5000), Stall()]
+    got: list[str] = []
+
+    def read(client: anthropic.Anthropic) -> None:
+        with client.messages.stream(max_tokens=9999, **ASK) as messages:
+            got.extend(messages.text_stream)
+
+    async with served(tmp_path, script, tokens_total=300) as (proxy, _):
+        clients = Clients(proxy.url, "token2")
+        with pytest.raises(anthropic.APIStatusError) as ended:
+            await clients.ask_anthropic(read)
+        assert ended.value.body == {
+            "type": "error",
+            "error": {
+                "type": "billing_error",
+                "message": "This API key has used up its budget: tokens_total is 300.",
+            },
+        }
+        [(state, outcome, prompt, completion)] = proxy.rows()
+        assert (state, outcome, prompt, completion) == ("estimated", "out_of_budget", 7, len(got))
+        with pytest.raises(anthropic.APIStatusError) as refused:
+            await clients.ask_anthropic(read)
+        assert refused.value.status_code == 402
 
 
 @pytest_twisted.ensureDeferred

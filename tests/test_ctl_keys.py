@@ -16,6 +16,7 @@ import pytest
 from ctl_tool import MONGODB, Tool
 
 from llmproxy.ctl import main
+from llmproxy.model import BUDGETS, MAX_BUDGET
 
 ROOT = Path(__file__).parent.parent
 
@@ -345,3 +346,89 @@ def test_what_is_no_limit_is_refused_by_the_option_s_name(tool: Tool, value: str
     tool.run("user", "create", f"--requests-per-minute={value}", code=2)
     assert "--requests-per-minute" in tool.err
     assert tool.query("SELECT count(*) FROM api_key") == [(0,)]
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_key_can_have_budgets_of_its_own(tool: Tool, name: str) -> None:
+    option = f"--{name.replace('_', '-')}"
+    tool.run("user", "create", option, "25_000_000")
+    tool.run("user", "create", option, "0")
+    assert [key[name] for key in tool.json("user", "list")] == [25_000_000, 0]
+    digits = tool.json("user", "list")[0]["hash"]
+    tool.run("user", "update", digits, option, str(MAX_BUDGET))
+    assert [key[name] for key in tool.json("user", "list")] == [MAX_BUDGET, 0]
+    tool.run("user", "update", digits, option, "default")
+    assert [key[name] for key in tool.json("user", "list")] == [None, 0]
+    for value in ("-1", "25.00", str(MAX_BUDGET + 1), "_1", "1__0", "none", "", "٣"):
+        tool.run("user", "update", digits, f"{option}={value}", code=2)
+        assert f"argument {option}: not a whole number, 0 to {MAX_BUDGET}" in tool.err
+    assert [key[name] for key in tool.json("user", "list")] == [None, 0]
+
+
+def test_a_table_has_all_limits_of_a_key_in_one_column(tool: Tool) -> None:
+    add_key(tool, "ab1")
+    add_key(tool, "cd1")
+    tool.run("user", "update", "ab", "--cost-total", "0", "--requests-per-minute", "60")
+    first, limited, free = tool.run("user", "list").splitlines()
+    assert first.split() == ["HASH", "ID", "STATUS", "EXPIRES", "MODELS", "LIMITS", "COMMENT"]
+    assert limited.split("  ")[-2].strip() == "requests_per_minute=60, cost_total=0"
+    assert free.split() == ["cd1", "id-cd1", "active", "-", "-", "-", "c"]
+
+
+def test_columns_for_programs_stay_where_they_are(tool: Tool) -> None:
+    first = tool.run("user", "list", "--format", "csv").splitlines()[0]
+    before = "hash,id,status,expires,models,requests_per_minute,concurrent_requests,"
+    assert first == f"{before}tokens_per_minute,comment,{','.join(BUDGETS)}"
+
+
+def totals(tool: Tool) -> list[tuple[int | None, int | None]]:
+    return [(key["cost_total"], key["tokens_total"]) for key in tool.json("user", "list")]
+
+
+def test_credit_is_added_to_what_a_key_has(tool: Tool) -> None:
+    add_key(tool, "ab1")
+    add_key(tool, "cd1")
+    tool.run("user", "update", "ab", "--requests-per-minute", "60")
+    assert tool.run("user", "credit", "ab", "--cost", "25_000_000") == "cost_total 25000000\n"
+    assert tool.err == "key ab1: cost_total was default\n"
+    told = tool.run("user", "credit", "ab", "--cost", "-5000000", "--tokens", "7")
+    assert told == "cost_total 20000000\ntokens_total 7\n"
+    assert tool.err == "key ab1: cost_total was 25000000\nkey ab1: tokens_total was default\n"
+    assert totals(tool) == [(20_000_000, 7), (None, None)]
+    assert tool.json("user", "list")[0]["requests_per_minute"] == 60
+    assert tool.run("user", "credit", "cd", "--tokens=0") == "tokens_total 0\n"
+    assert totals(tool) == [(20_000_000, 7), (None, 0)]
+
+
+def test_credit_ends_at_nothing_and_at_the_largest_number(tool: Tool) -> None:
+    add_key(tool, "ab1")
+    tool.run("user", "update", "ab", "--cost-total", "5")
+    tool.run("user", "credit", "ab", "--tokens", "1", "--cost", "-6", code=1)
+    assert f"cost_total would be -1; it may be 0 to {MAX_BUDGET}" in tool.err
+    tool.run("user", "credit", "ab", "--cost", f"{MAX_BUDGET}", code=1)
+    assert f"cost_total would be {MAX_BUDGET + 5}; it may be 0 to {MAX_BUDGET}" in tool.err
+    assert totals(tool) == [(5, None)]
+    tool.run("user", "credit", "ab", "--cost", "-5")
+    assert totals(tool) == [(0, None)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        ((), "nothing to add: give --cost or --tokens"),
+        (("--cost", "25.00"), "argument --cost: not a whole number"),
+        (("--tokens", str(MAX_BUDGET + 1)), "argument --tokens: not a whole number"),
+        (("--tokens", "default"), "argument --tokens: not a whole number"),
+    ],
+)
+def test_what_is_no_credit_is_refused(tool: Tool, argv: tuple[str, ...], error: str) -> None:
+    add_key(tool, "ab1")
+    tool.run("user", "credit", "ab", *argv, code=2)
+    assert error in tool.err
+    assert totals(tool) == [(None, None)]
+
+
+def test_credit_in_mongodb_is_not_ours(tool: Tool) -> None:
+    tool.configure(MONGODB)
+    assert tool.run("user", "credit", "ab", "--cost", "1", code=2) == ""
+    assert "managed in MongoDB" in tool.err

@@ -277,6 +277,19 @@ async def test_a_key_may_have_limits_of_its_own(
     assert found == Account("key-1", limits=own)
 
 
+@pytest_twisted.ensureDeferred
+async def test_credit_is_added_in_place(server: Mongod) -> None:
+    keys = server.client().cgc.api_keys
+    keys.insert_one({"_id": "key-1", "access_level": "LLM", "secret": HASH})
+    async with opened(uri(server)) as store:
+        for total in (10_000_000, 20_000_000):
+            keys.update_one({"secret": HASH}, {"$inc": {"limits.cost_total": 10_000_000}})
+            found = await store.accounts.find(HASH, NOW)
+            assert found == Account("key-1", limits=OwnLimits(cost_total=total))
+        keys.update_one({"secret": HASH}, {"$inc": {"limits.cost_total": -20_000_001}})
+        assert await store.accounts.find(HASH, NOW) is None
+
+
 NO_LIMIT: list[Any] = ["60", -1, 1.5, True, 10**6 + 1, math.nan, [1], math.inf, {}, ""]
 NO_LIMITS: list[Any] = [
     *(60, "60", [], [60], True, {"request_per_minute": 60}),
@@ -1134,7 +1147,10 @@ def replay(client: mongod.Client, calls: Sequence[Document]) -> None:
         elif call["method"] == "grantRolesToUser":
             database.command(call["method"], first, roles=rest[0])
         elif call["method"] == "updateOne":
-            database[call["collection"]].update_one(first, rest[0], **rest[1])
+            change, *options = rest
+            database[call["collection"]].update_one(
+                first, change, **(options[0] if options else {})
+            )
         else:
             assert call["method"] in ("insertOne", "createIndex", "find", "deleteMany")
             method = re.sub("([A-Z])", r"_\1", call["method"]).lower()
@@ -1169,7 +1185,9 @@ async def test_the_snippets_of_the_docs_make_a_user_that_works() -> None:
     with mongod.running(Mongod()) as server:
         replay(server.client(), run_in_shell("\n".join(snippets)))
         async with opened(uri(server)) as store:
-            assert await store.accounts.find("HASH", NOW) is not None
+            found = await store.accounts.find("HASH", NOW)
+            assert found is not None
+            assert found.limits == OwnLimits(cost_total=10_000_000)
             await store.events.deliver([event()])
             assert await store.spending.exchange("key-1", "0" * 16, SPENT) == SPENT
 

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
 import pytest_twisted
 from backend import ScriptedBackend, json_answer
-from proxy import request_bytes, running_proxy
+from memory import Server
+from proxy import Answer, request_bytes, running_proxy
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+from zope.interface import implementer
 
-from llmproxy.errors import BadRequest
-from llmproxy.model import MAX_COUNT, Kind, Price, Used, utcnow
+from llmproxy.budgets import Budgets
+from llmproxy.config import Config, KeyLimits
+from llmproxy.errors import BadRequest, StorageError
+from llmproxy.exchange import Services
+from llmproxy.limits import Limits
+from llmproxy.model import (
+    MAX_COUNT,
+    Account,
+    Amount,
+    Counts,
+    Kind,
+    OwnLimits,
+    Price,
+    Spending,
+    Used,
+    utcnow,
+)
+from llmproxy.resource import make_root
+from llmproxy.storage import ISpending, IUsage
 from llmproxy.usage_report import MOST_DAYS, period, report
 
 TODAY = date(2026, 3, 5)
@@ -76,7 +97,7 @@ def test_a_year_can_be_had_at_once() -> None:
 
 
 def told(used: Sequence[Used]) -> dict[str, Any]:
-    return dict(orjson.loads(report(used, TODAY, TODAY, "all", {})))
+    return dict(orjson.loads(report(used, TODAY, TODAY, "all", {}, {})))
 
 
 def used(prompt: int, price: Price | None, requests: int = 1) -> Used:
@@ -103,8 +124,9 @@ def test_a_sum_that_is_too_large_is_the_largest() -> None:
 
 def test_no_rate_is_no_limit_but_a_budget_of_nothing_is_one() -> None:
     limits = {"requests_per_minute": 0, "tokens_per_day": 0, "cost_total": None, "tokens_total": 9}
-    answer = orjson.loads(report([], TODAY, TODAY, "all", limits))
+    answer = orjson.loads(report([], TODAY, TODAY, "all", limits, None))
     assert answer["limits"] == limits | {"requests_per_minute": None}
+    assert answer["remaining"] is None
 
 
 # -- the path ----------------------------------------------------------------------------------
@@ -114,7 +136,7 @@ def test_no_rate_is_no_limit_but_a_budget_of_nothing_is_one() -> None:
 async def test_a_key_sees_what_it_was_billed_and_no_other_key_s(tmp_path: Path) -> None:
     async with ScriptedBackend(DONE) as backend:
         served = {"chat": {"url": backend.url}, "free": {"url": backend.url}}
-        limits = {"requests_per_minute": 600}
+        limits = {"requests_per_minute": 600, "tokens_total": 100, "cost_per_month": 10}
         async with running_proxy(tmp_path, served, prices=PRICES, limits=limits) as proxy:
             for model in ("chat", "chat", "free"):
                 assert (await proxy.post("/v1/chat/completions", {**CHAT, "model": model})).status
@@ -147,15 +169,16 @@ async def test_a_key_sees_what_it_was_billed_and_no_other_key_s(tmp_path: Path) 
             assert (answer.status, shown["scope"]) == (200, "all")
             assert shown["since"] == str(today.replace(day=1))
             assert shown["data"] == [line | chat, line | free]
+            assert shown["remaining"] == {"tokens_total": 85, "cost_per_month": 7}
             assert shown["limits"] == {
                 "requests_per_minute": 600,
                 "concurrent_requests": None,
                 "tokens_per_minute": None,
                 "tokens_per_day": None,
                 "tokens_per_month": None,
-                "tokens_total": None,
+                "tokens_total": 100,
                 "cost_per_day": None,
-                "cost_per_month": None,
+                "cost_per_month": 10,
                 "cost_total": None,
             }
             assert [x["requests"] for x in shown["totals"]] == [1, 2]
@@ -190,3 +213,102 @@ async def test_sums_that_can_t_be_read_are_told_so_and_hold_up_no_key(tmp_path: 
         failed = await proxy.get("/v1/usage")
         assert (failed.status, failed.fields["retry-after"]) == (503, "2")
         assert (await proxy.get("/v1/models", key="token3")).status == 200
+
+
+# -- what is left ------------------------------------------------------------------------------
+
+
+SPENT = Spending(utcnow().date(), Amount(1, 10), Amount(2, 20), Amount(3, 30), held=Amount(9, 9))
+
+
+@implementer(IUsage)
+class NoUsage:
+    """Nothing is on the bill of any day."""
+
+    def of(self, key_id: str, since: date, until: date) -> Deferred[Sequence[Used]]:
+        return succeed([])
+
+
+@implementer(ISpending)
+class Purse:
+    """`answer` is what each key has used."""
+
+    def __init__(self) -> None:
+        self.answer = succeed(SPENT)
+        self.asked: list[str] = []
+
+    def of(self, key_id: str, running: Mapping[str, Counts]) -> Deferred[Spending]:
+        assert running == {}
+        self.asked.append(key_id)
+        return self.answer
+
+
+class Site:
+    """A key with limits of its own, under those of all, at a site without a socket."""
+
+    def __init__(self, own: OwnLimits | None = None, **limits: int) -> None:
+        self.clock = Clock()
+        self.config = Config(limits=KeyLimits(**limits))
+        self.limits = Limits(self.config.limits, self.clock.seconds, lambda setting: None)
+        self.authenticator = self
+        self._account = Account("alice", limits=own)
+        self.purse = Purse()
+        self.budgets = Budgets(
+            self.config.limits, self.purse, self.clock, self.clock.seconds, lambda setting: None
+        )
+        root = make_root(cast(Services, self), 0, NoUsage())
+        self._server = Server(self.clock, root)
+
+    async def authenticate(self, *args: object) -> Account:
+        return self._account
+
+    def ask(self) -> None:
+        self._server.connect()
+        self._server.send(request_bytes("GET", "/v1/usage"))
+
+    def is_waiting(self) -> bool:
+        return self._server.sent == b""
+
+    def told(self) -> Any:
+        """What is left, as the last answer has it."""
+        answer = Answer(self._server.sent)
+        assert answer.status == 200
+        return answer.json()["remaining"]
+
+
+def test_a_key_is_told_what_is_left_of_its_own_budgets_and_of_those_of_all() -> None:
+    site = Site(OwnLimits(cost_per_day=15, tokens_total=2), tokens_per_day=3, tokens_total=9)
+    site.ask()
+    assert site.told() == {"tokens_per_day": 2, "tokens_total": 0, "cost_per_day": 5}
+    assert site.purse.asked == ["alice"]
+
+
+def test_nobody_is_asked_for_a_key_without_a_budget() -> None:
+    site = Site(OwnLimits(requests_per_minute=15), tokens_per_minute=10)
+    site.ask()
+    assert (site.told(), site.purse.asked) == ({}, [])
+
+
+def test_where_it_can_t_be_known_what_is_left_the_rest_is_told() -> None:
+    site = Site(tokens_total=9)
+    site.ask()
+    assert site.told() == {"tokens_total": 6}
+    site.purse.answer = fail(StorageError("gone"))
+    site.ask()
+    assert site.told() is None
+    site.purse.answer = succeed(SPENT)
+    site.clock.advance(1)
+    site.ask()
+    assert site.told() == {"tokens_total": 6}
+
+
+def test_a_key_waits_for_it_a_second_and_no_longer() -> None:
+    site = Site(tokens_total=9)
+    site.purse.answer = Deferred()
+    site.ask()
+    site.clock.advance(0.9)
+    assert site.is_waiting()
+    site.clock.advance(0.1)
+    assert site.told() is None
+    site.ask()
+    assert (site.told(), site.purse.asked) == (None, ["alice"])

@@ -9,7 +9,7 @@ import secrets
 import sqlite3
 import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from llmproxy.ctl.common import (
     transaction,
 )
 from llmproxy.expiry import UNREADABLE, expiry_time, is_valid
-from llmproxy.model import LARGEST, utcnow
+from llmproxy.model import BUDGETS, LARGEST, MAX_BUDGET, utcnow
 
 #: Random bytes in a key.
 KEY_BYTES = 64
@@ -34,11 +34,23 @@ SHOWN_DIGITS = 16
 
 NEVER = "never"
 DEFAULT = "default"
+_TOKENS, _COST = "tokens of this key", "cost of this key"
+_RATE, _BUDGET = "0: no limit", "0: nothing"
+_MICRO = "in micro-units (25_000_000: 25 of the currency)"
 LIMITS = {
-    "requests_per_minute": "requests of this key in a minute",
-    "concurrent_requests": "requests of this key in flight at once",
-    "tokens_per_minute": "tokens of this key in a minute",
+    "requests_per_minute": f"requests of this key in a minute; {_RATE}",
+    "concurrent_requests": f"requests of this key in flight at once; {_RATE}",
+    "tokens_per_minute": f"{_TOKENS} in a minute; {_RATE}",
+    "tokens_per_day": f"{_TOKENS} in a day (UTC); {_BUDGET}",
+    "tokens_per_month": f"{_TOKENS} in a month (UTC); {_BUDGET}",
+    "tokens_total": f"{_TOKENS} ever; {_BUDGET}",
+    "cost_per_day": f"{_COST} in a day (UTC), {_MICRO}; {_BUDGET}",
+    "cost_per_month": f"{_COST} in a month (UTC), {_MICRO}; {_BUDGET}",
+    "cost_total": f"{_COST} ever, {_MICRO}; {_BUDGET}",
 }
+#: What `credit` adds to, by its options.
+CREDITS = {"cost": "cost_total", "tokens": "tokens_total"}
+RATES = tuple(name for name in LIMITS if name not in BUDGETS)
 
 
 def add_parser(groups: Any) -> None:
@@ -67,6 +79,14 @@ def add_parser(groups: Any) -> None:
     update.add_argument("--all-models", action="store_true", help="end a limit to some models")
     update.set_defaults(run=_on_sqlite(_update))
 
+    credit = commands.add_parser("credit", help="add to what a key may use up ever")
+    credit.add_argument("prefix", type=_prefix, metavar="PREFIX", help="of the key's hash")
+    for option, name in CREDITS.items():
+        unit = f", {_MICRO}" if option == "cost" else ""
+        text = f"how much is added to {name}{unit}; below 0: taken away"
+        credit.add_argument(f"--{option}", type=_change, metavar="N", help=text)
+    credit.set_defaults(run=_on_sqlite(_credit))
+
     delete = commands.add_parser("delete", help="remove a key; its bills stay")
     delete.add_argument("prefix", type=_prefix, metavar="PREFIX", help="of the key's hash")
     delete.set_defaults(run=_on_sqlite(_delete))
@@ -88,16 +108,30 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}",
             type=partial(_number_or_default, getattr(LARGEST, name)),
             metavar="N",
-            help=f"{what}; 0: no limit, default: that of the configuration",
+            help=f"{what}, default: that of the configuration",
         )
 
 
 def _number_or_default(most: int, text: str) -> int | str:
     if text == DEFAULT:
         return text
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
+    number = _whole(text)
+    if number is None or not 0 <= number <= most:
         raise argparse.ArgumentTypeError(f"not a whole number, 0 to {most}, or default")
-    return int(text)
+    return number
+
+
+def _change(text: str) -> int:
+    number = _whole(text)
+    if number is None or abs(number) > MAX_BUDGET:
+        raise argparse.ArgumentTypeError(f"not a whole number, {-MAX_BUDGET} to {MAX_BUDGET}")
+    return number
+
+
+def _whole(text: str) -> int | None:
+    """A whole number, which may have underscores as in the configuration."""
+    plain = len(text) < 30 and re.fullmatch(r"-?[0-9]+(_[0-9]+)*", text)
+    return int(text) if plain else None
 
 
 def _prefix(text: str) -> str:
@@ -154,18 +188,32 @@ def _end_in_words(expires: datetime | str | None) -> str:
 
 
 def _list(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
-    now, digits = utcnow(), SHOWN_DIGITS if arguments.format == "table" else 64
-    rows = [
-        (
-            *(secret[:digits], key_id, _status(expires, now), _shown(expires), models),
-            *(*limits, comment),
-        )
-        for key_id, secret, expires, comment, models, *limits in _find(
-            connection, arguments.prefix or ""
-        )
-    ]
-    columns = ("hash", "id", "status", "expires", "models", *LIMITS, "comment")
-    emit(columns, rows, arguments.format)
+    is_table = arguments.format == "table"
+    digits = SHOWN_DIGITS if is_table else 64
+    limits = ("limits", "comment") if is_table else (*RATES, "comment", *BUDGETS)
+    columns = ("hash", "id", "status", "expires", "models", *limits)
+    keys = [_described(*key) for key in _find(connection, arguments.prefix or "")]
+    for key in keys:
+        key["hash"] = key["hash"][:digits]
+    emit(columns, [[key[name] for name in columns] for key in keys], arguments.format)
+
+
+def _described(
+    key_id: str, secret: str, expires: object, comment: str, models: str, *limits: int | None
+) -> dict[str, Any]:
+    """All that is shown of a key; `limits` in single columns, and together."""
+    own = dict(zip(LIMITS, limits, strict=True))
+    given = [f"{name}={value}" for name, value in own.items() if value is not None]
+    return {
+        "hash": secret,
+        "id": key_id,
+        "status": _status(expires, utcnow()),
+        "expires": _shown(expires),
+        "models": models,
+        "limits": ", ".join(given) or None,
+        "comment": comment,
+        **own,
+    }
 
 
 def _status(expires: object, now: datetime) -> str:
@@ -217,7 +265,9 @@ def _limits_given(arguments: argparse.Namespace) -> dict[str, int | str]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _set_limits(connection: sqlite3.Connection, key_id: str, limits: dict[str, int | str]) -> None:
+def _set_limits(
+    connection: sqlite3.Connection, key_id: str, limits: Mapping[str, int | str]
+) -> None:
     """Give the key these limits of its own, and leave the others as they are."""
     for name, value in limits.items():
         connection.execute(
@@ -225,6 +275,31 @@ def _set_limits(connection: sqlite3.Connection, key_id: str, limits: dict[str, i
             f" ON CONFLICT DO UPDATE SET {name} = excluded.{name}",
             (key_id, None if value == DEFAULT else value),
         )
+
+
+def _credit(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:
+    given = {name: getattr(arguments, option) for option, name in CREDITS.items()}
+    changes = {name: change for name, change in given.items() if change is not None}
+    if not changes:
+        raise CommandError("nothing to add: give --cost or --tokens", code=2)
+    with transaction(connection):
+        key_id, secret = _find_one(connection, arguments.prefix)
+        before = {name: _own_limit(connection, key_id, name) for name in changes}
+        totals = {name: (before[name] or 0) + change for name, change in changes.items()}
+        for name, total in totals.items():
+            if not 0 <= total <= MAX_BUDGET:
+                raise CommandError(f"{name} would be {total}; it may be 0 to {MAX_BUDGET}")
+        _set_limits(connection, key_id, totals)
+    for name, total in totals.items():
+        was = DEFAULT if before[name] is None else before[name]
+        say(f"key {secret[:SHOWN_DIGITS]}: {name} was {was}")
+        sys.stdout.write(f"{name} {total}\n")
+
+
+def _own_limit(connection: sqlite3.Connection, key_id: str, name: str) -> int | None:
+    found = connection.execute(f"SELECT {name} FROM key_limit WHERE api_key = ?", (key_id,))
+    row: tuple[int | None] | None = found.fetchone()
+    return row[0] if row else None
 
 
 def _delete(arguments: argparse.Namespace, connection: sqlite3.Connection) -> None:

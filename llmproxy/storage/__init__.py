@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime
 
 from twisted.internet.defer import Deferred
 from zope.interface import Interface
 
-from llmproxy.model import Account, Attempt, Counts, Entry, Event, Price, Settlement, Spending, Used
+from llmproxy.model import (
+    Account,
+    Attempt,
+    Counts,
+    Entry,
+    Event,
+    Price,
+    Settlement,
+    Share,
+    Spending,
+    Used,
+)
 
 
 class IAccounts(Interface):
@@ -64,6 +75,17 @@ class ISpending(Interface):
         """Write the running counts of this process's open rows of a key, and say what it has used.
 
         Fails with `StorageError` when that can't be known now.
+        """
+
+
+class IShares(Interface):
+    """What all processes share of the rates of keys."""
+
+    def change(key_id: str, change: Callable[[Share], Share]) -> Deferred[Share]:
+        """Put what `change` makes of a key's share in its place, in one transaction; the result.
+
+        `change` is pure, and may be called again. A key that has none has `Share()`. Fails with
+        `StorageError`, and then the effect is unknown.
         """
 
 
