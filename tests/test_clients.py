@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from twisted.internet.defer import gatherResults
 from twisted.internet.threads import deferToThread
 
 from llmproxy.demo import DemoServer, Served
+from llmproxy.storage.sqlite import connect
 
 reactor: Any = _reactor
 
@@ -400,6 +402,46 @@ async def test_anthropic_clients_know_the_errors(setting):
         await setting.through.ask_anthropic(message(extra_body={"stream": "yes"}))
     assert _anthropic_type(not_understood) == "invalid_request_error"
     assert not setting.server.journal
+
+
+def give_credit(proxy: ProxyHandle, tokens: int, *keys: str) -> None:
+    with closing(connect(proxy.database)) as connection:
+        connection.executemany(
+            "INSERT INTO key_limit (api_key, tokens_total) VALUES (?, ?)",
+            [(f"id-{key}", tokens) for key in keys],
+        )
+
+
+@pytest_twisted.ensureDeferred
+async def test_clients_know_that_their_credit_is_used_up_and_do_not_try_again(setting):
+    give_credit(setting.proxy, 0, KEY)
+    with pytest.raises(openai.APIStatusError) as refused:
+        await setting.through.ask(lambda client: chat()(client.with_options(max_retries=2)))
+    assert (refused.value.status_code, refused.value.code) == (402, "insufficient_quota")
+    assert refused.value.type == "insufficient_quota"
+    with pytest.raises(anthropic.APIStatusError) as refused_too:
+        await setting.through.ask_anthropic(
+            lambda client: message()(client.with_options(max_retries=2))
+        )
+    assert (refused_too.value.status_code, _anthropic_type(refused_too)) == (402, "billing_error")
+    metrics = (await setting.proxy.get("/metrics", port=setting.proxy.admin_port)).body
+    assert b'llmproxy_limited_requests_total{limit="tokens_total"} 2.0' in metrics
+
+
+@pytest_twisted.ensureDeferred
+async def test_clients_know_it_in_the_middle_of_a_stream(setting):
+    long: dict[str, Any] = {"model": "demo-running", "stream": True, "max_tokens": 1000}
+    long["extra_body"] = {"min_tokens": 1000}
+    give_credit(setting.proxy, 300, KEY, "token3")
+    with pytest.raises(openai.APIError) as cut:
+        await setting.through.ask(lambda client: list(chat(**long)(client)))
+    assert cut.value.code == "insufficient_quota"
+    with pytest.raises(anthropic.APIStatusError) as cut_too:
+        await setting.through.ask_anthropic(
+            lambda client: list(message(**long)(client)), api_key="token3"
+        )
+    assert _anthropic_type(cut_too) == "billing_error"
+    assert setting.proxy.rows("outcome") == [("out_of_budget",)] * 2
 
 
 def _anthropic_type(caught: pytest.ExceptionInfo[anthropic.APIStatusError]) -> str:
