@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -398,6 +399,21 @@ def test_credit_is_added_to_what_a_key_has(tool: Tool) -> None:
     assert tool.json("user", "list")[0]["requests_per_minute"] == 60
     assert tool.run("user", "credit", "cd", "--tokens=0") == "tokens_total 0\n"
     assert totals(tool) == [(20_000_000, 7), (None, 0)]
+
+
+def test_credit_is_added_to_what_is_there_by_then(tool: Tool) -> None:
+    add_key(tool, "ab1")
+    other = tool.store()
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("INSERT INTO key_limit (api_key, tokens_total) VALUES ('id-ab1', 5)")
+    argv = ["-c", str(tool.path), "user", "credit", "ab", "--tokens", "7"]
+    waiting = threading.Thread(target=main, args=(argv,))
+    waiting.start()
+    waiting.join(0.3)  # by now it waits for the lock
+    other.execute("COMMIT")
+    other.close()
+    waiting.join()
+    assert totals(tool) == [(None, 12)]
 
 
 def test_credit_ends_at_nothing_and_at_the_largest_number(tool: Tool) -> None:
