@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import mongod
 import pymongo.errors
 import pytest
 import pytest_twisted
 from bson import Int64
+from deferreds import failure_of
 from mongod import Mongod, ReplicaSet
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import CancelledError, Deferred, gatherResults, succeed
-from twisted.internet.task import deferLater
+from twisted.internet.task import Clock, deferLater
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from llmproxy.errors import StorageError
-from llmproxy.model import MAX_COUNT, Amount, Counts, Kind, Spending
-from llmproxy.storage import ISpending
-from llmproxy.storage.mongo_limits import ROLE, KeyDocuments, MongoSpending
+from llmproxy.model import MAX_COUNT, Amount, Claim, Counts, Kind, Share, Spending
+from llmproxy.storage import IShares, ISpending
+from llmproxy.storage.mongo_limits import ROLE, KeyDocuments, MongoShares, MongoSpending
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import parse
 from llmproxy.storage.shared_spending import SharedSpending
@@ -36,6 +38,7 @@ PASSWORD = "for-a-test"
 ACTIONS = ["find", "insert", "update"]
 PRIVILEGE = {"resource": {"db": "llmproxy", "collection": "limits"}, "actions": ACTIONS}
 Document = dict[str, Any]
+T = TypeVar("T")
 
 
 def create_user(client: mongod.Client, **durable: Any) -> None:
@@ -312,38 +315,6 @@ async def test_who_lacks_the_role_is_told_which(server: Mongod) -> None:
         server.client().llmproxy.command("grantRolesToUser", "limiter", roles=[ROLE])
 
 
-@pytest.fixture(scope="module")
-def replicas() -> ReplicaSet:
-    replicas = mongod.replica_set()
-    create_user(replicas.client(), writeConcern={"w": 3})
-    return replicas
-
-
-@pytest_twisted.ensureDeferred
-async def test_after_a_step_down_the_sums_are_what_the_journals_say(replicas: ReplicaSet) -> None:
-    async with three(replicas.seeds) as pools:
-        shared = [MongoSpending(KeyDocuments(each, reactor)) for each in pools]
-        for number in (1, 2, 3):
-            if number == 2:
-                replicas.step_down()
-            for each, journal in zip(shared, JOURNALS, strict=True):
-                total = await in_the_end(each, journal, spent(number, number))
-    assert total.ever.tokens == 9
-
-
-async def in_the_end(shared: MongoSpending, journal: str, mine: Spending) -> Spending:
-    """The sum of all, as soon as there is a primary."""
-    deadline = time.monotonic() + 20
-    while True:
-        began = time.monotonic()
-        try:
-            return await shared.exchange("key-1", journal, mine)
-        except StorageError:
-            assert time.monotonic() - began < 1.4
-            assert time.monotonic() < deadline
-            await deferLater(reactor, 0.05)
-
-
 # The proxy's own, and all
 
 
@@ -368,3 +339,209 @@ async def test_a_proxy_says_what_all_have_used(server: Mongod) -> None:
         assert verifyObject(ISpending, both)
         assert await both.of("key-1", running) == spent(1, 11)
     assert own.asked == [("key-1", running)]
+
+
+# What is left of rates
+
+
+@contextlib.asynccontextmanager
+async def shares(server: Mongod) -> AsyncIterator[MongoShares]:
+    async with pool(server.address) as opened:
+        yield MongoShares(KeyDocuments(opened, reactor))
+
+
+def one_more(share: Share) -> Share:
+    """A change that is seen if it is lost."""
+    return share._replace(requests_full_at=share.requests_full_at + 1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_share_becomes_exactly_this_document_and_is_read_from_it(server: Mongod) -> None:
+    share = Share(1_767_000_000.25, 1e9, {"$host.1": Claim(3, 1_767_000_020.5), "b": Claim(0, 2)})
+    async with shares(server) as shared:
+        assert verifyObject(IShares, shared)
+        assert await shared.change("key-1", lambda _: share) == share
+    found = document(server)
+    assert found.pop("version") > 0
+    assert found == {
+        "_id": "key-1",
+        "share": {
+            "requests_full_at": 1_767_000_000.25,
+            "tokens_full_at": 1e9,
+            "claims": [["$host.1", Int64(3), 1_767_000_020.5], ["b", Int64(0), 2]],
+        },
+    }
+    assert type(found["share"]["claims"][0][1]) is Int64
+    async with shares(server) as shared:
+        assert await shared.change("key-1", lambda there: there) == share
+
+
+@pytest_twisted.ensureDeferred
+async def test_of_many_changes_at_once_none_is_lost_or_made_twice(server: Mongod) -> None:
+    async def changes(shared: MongoShares) -> None:
+        for _ in range(50):
+            await shared.change("key-1", one_more)
+
+    async with three(server.address) as pools:
+        at_once = [MongoShares(KeyDocuments(each, reactor)) for each in pools for _ in range(2)]
+        await gatherResults([Deferred.fromCoroutine(changes(each)) for each in at_once])
+        share = await at_once[0].change("key-1", lambda there: there)
+    assert share.requests_full_at == 300
+
+
+class Counted:
+    """Connections that count what is asked; `twice`: everything is carried out twice, as if the
+    first answer had been lost."""
+
+    def __init__(self, pool: MongoPool, *, twice: bool = False) -> None:
+        self.asked = 0
+        self._pool = pool
+        self._twice = twice
+
+    async def ask(self, *what: Any, **more: Any) -> Document:
+        self.asked += 1
+        if self._twice:
+            await self._pool.ask(*what, **more)
+        return await self._pool.ask(*what, **more)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_change_takes_one_round_trip_and_one_more_where_another_one_was_first(
+    server: Mongod,
+) -> None:
+    async with pool(server.address) as connections, shares(server) as other:
+        counted: Any = Counted(connections)
+        shared = MongoShares(KeyDocuments(counted, reactor))
+        for _ in range(3):
+            await shared.change("key-1", one_more)
+        assert counted.asked == 3
+        await other.change("key-1", one_more)
+        assert (await shared.change("key-1", one_more)).requests_full_at == 5
+        assert counted.asked == 5
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_change_that_was_carried_out_twice_is_one(server: Mongod) -> None:
+    async with pool(server.address) as connections:
+        counted: Any = Counted(connections, twice=True)
+        shared = MongoShares(KeyDocuments(counted, reactor))
+        for number in range(1, 4):
+            assert (await shared.change("key-1", one_more)).requests_full_at == number
+        assert counted.asked == 3
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_removed_document_begins_anew_even_if_it_is_made_by_another(server: Mongod) -> None:
+    async with shares(server) as shared, shares(server) as other:
+        for _ in range(2):
+            await shared.change("key-1", one_more)
+        server.client().llmproxy.limits.drop()
+        assert (await shared.change("key-1", one_more)).requests_full_at == 1
+        server.client().llmproxy.limits.drop()
+        await other.change("key-1", one_more)
+        assert (await shared.change("key-1", one_more)).requests_full_at == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_shares_and_what_was_spent_leave_each_other_alone(server: Mongod) -> None:
+    async with spending(server) as spent_by_all, shares(server) as shared:
+        for number in (1, 2):
+            await spent_by_all.exchange("key-1", JOURNALS[0], spent(number, 10 * number))
+            share = await shared.change("key-1", one_more)
+        total = await spent_by_all.exchange("key-1", JOURNALS[1], spent(1, 1))
+    assert (share.requests_full_at, total.ever.tokens) == (2, 21)
+
+
+class Contested:
+    """Connections to a document that is another one each time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.asked = 0
+        self._clock = clock
+
+    async def ask(self, *_: Any, **__: Any) -> Document:
+        self.asked += 1
+        self._clock.advance(0.3)
+        share = {"requests_full_at": 0, "tokens_full_at": 0, "claims": []}
+        return {"ok": 1, "value": {"version": self.asked, "share": share}}
+
+
+def test_who_never_gets_a_turn_is_told_so_after_a_second() -> None:
+    clock = Clock()
+    contested: Any = Contested(clock)
+    shared = MongoShares(KeyDocuments(contested, clock))
+    failure = failure_of(shared.change("key-1", one_more), StorageError)
+    assert "too many change the share" in str(failure)
+    assert contested.asked == 4
+
+
+UNREADABLE: list[Document] = [
+    {"share": {}},
+    {"share": 7},
+    {"share": {"requests_full_at": 0, "tokens_full_at": 0, "claims": [["a", 1]]}},
+    {"version": "new"},
+]
+
+
+@pytest.mark.parametrize("fields", UNREADABLE, ids=str)
+@pytest_twisted.ensureDeferred
+async def test_a_share_that_is_not_understood_is_an_error(server: Mongod, fields: Any) -> None:
+    async with shares(server) as shared, shares(server) as other:
+        await other.change("key-1", one_more)
+        server.client().llmproxy.limits.update_one({"_id": "key-1"}, {"$set": fields})
+        with pytest.raises(StorageError, match="`share` of a key is not as we make it"):
+            await shared.change("key-1", one_more)
+
+
+# A replica set
+
+
+@pytest.fixture(scope="module")
+def replicas() -> ReplicaSet:
+    replicas = mongod.replica_set()
+    create_user(replicas.client(), writeConcern={"w": 3})
+    return replicas
+
+
+@pytest_twisted.ensureDeferred
+async def test_after_a_step_down_the_sums_are_what_the_journals_say(replicas: ReplicaSet) -> None:
+    before = replicas.primary()
+    async with three(replicas.seeds) as pools:
+        shared = [MongoSpending(KeyDocuments(each, reactor)) for each in pools]
+        for number in (1, 2, 3):
+            if number == 2:
+                replicas.step_down()
+            for each, journal in zip(shared, JOURNALS, strict=True):
+                mine = spent(number, number)
+                total, _ = await in_the_end(lambda: each.exchange("key-1", journal, mine))  # noqa: B023
+    assert total.ever.tokens == 9
+    assert replicas.primary() is not before
+
+
+@pytest_twisted.ensureDeferred
+async def test_after_a_step_down_no_change_of_a_share_is_lost(replicas: ReplicaSet) -> None:
+    failures = 0
+    async with three(replicas.seeds) as pools:
+        shared = [MongoShares(KeyDocuments(each, reactor)) for each in pools]
+        for number in (1, 2, 3):
+            if number == 2:
+                replicas.step_down()
+            for each in shared:
+                share, failed = await in_the_end(lambda: each.change("key-2", one_more))  # noqa: B023
+                failures += failed
+    # Whether one that failed was made is not known.
+    assert 9 <= share.requests_full_at <= 9 + failures
+
+
+async def in_the_end(ask: Callable[[], Deferred[T]]) -> tuple[T, int]:
+    """The answer as soon as there is a primary, and how often there was none."""
+    deadline = time.monotonic() + 20
+    for failures in itertools.count():
+        began = time.monotonic()
+        try:
+            return await ask(), failures
+        except StorageError:
+            assert time.monotonic() - began < 1.4
+            assert time.monotonic() < deadline
+            await deferLater(reactor, 0.05)
+    raise AssertionError("it never ends")

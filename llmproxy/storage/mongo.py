@@ -24,7 +24,7 @@ from llmproxy.errors import ConfigError, StorageError
 from llmproxy.expiry import UNREADABLE
 from llmproxy.model import LARGEST, Account, Event, OwnLimits, utcnow
 from llmproxy.storage import IAccounts, IEventSink
-from llmproxy.storage.mongo_limits import KeyDocuments, MongoSpending
+from llmproxy.storage.mongo_limits import KeyDocuments, MongoShares, MongoSpending
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import KEY, MongoAddress, Resolver, parse, resolve, system_resolver
 from llmproxy.storage.mongo_wire import Document, describe
@@ -231,8 +231,8 @@ def raise_unless_stored(reply: Mapping[str, Any]) -> None:
 
 
 class MongoStore:
-    """The stores of one deployment, `accounts`, `events` and `spending`, from `start()` to
-    `close()`."""
+    """The stores of one deployment, `accounts`, `events`, `spending` and `shares`, from `start()`
+    to `close()`."""
 
     def __init__(
         self, reactor: IReactorTime, address: MongoAddress, resolver: Resolver | None = None
@@ -243,7 +243,9 @@ class MongoStore:
         self.pool = MongoPool(reactor, address)
         self.accounts = MongoAccounts(self.pool)
         self.events = MongoEvents(self.pool)
-        self.spending = MongoSpending(KeyDocuments(self.pool, reactor))
+        documents = KeyDocuments(self.pool, reactor)
+        self.spending = MongoSpending(documents)
+        self.shares = MongoShares(documents)
 
     @property
     def connected(self) -> bool:

@@ -1,21 +1,27 @@
 """What several proxies share about keys with limits: the collection `llmproxy.limits`.
 
-A document for each key; its `_id` is the key's id as text. Its part `spent` has a field for each
-journal, with what this has of the key: sums, which are the same however often they are put there.
+A document for each key; its `_id` is the key's id as text. Of two parts each is independent of the
+other. `spent` has a field for each journal, with what this has of the key: sums, which are the same
+however often they are put there. `share`, and `version` with it, is what all processes have in
+common; who changes it says which version was seen, and begins again where another one is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import Int64
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from zope.interface import implementer
 
 from llmproxy.errors import StorageError
-from llmproxy.model import MAX_COUNT, Amount, Spending
+from llmproxy.model import MAX_COUNT, Amount, Claim, Share, Spending
+from llmproxy.storage import IShares
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_wire import Document, describe
 
@@ -27,6 +33,8 @@ TIMEOUT_S = 1.0
 SILENCE = timedelta(seconds=60)
 #: How often a new document is tried, when others make it in the same moment.
 TRIES = 5
+#: Of how many keys it is remembered what was there last.
+MOST_KEYS = 10_000
 
 _UNAUTHORIZED = 13
 _DUPLICATE_KEY = 11000
@@ -43,6 +51,10 @@ class KeyDocuments:
         """When what begins now has to be done."""
         return self._reactor.seconds() + TIMEOUT_S
 
+    def left_s(self, deadline: float) -> float:
+        """How much time is left until then."""
+        return max(deadline - self._reactor.seconds(), 0.0)
+
     async def update(self, key_id: str, values: Mapping[str, Any], deadline: float) -> Document:
         """Set fields of a key's document, which is made if it is missing, to these expressions.
 
@@ -56,14 +68,14 @@ class KeyDocuments:
             "update": [{"$set": dict(values)}],
             "upsert": True,
             "new": True,
-            # Nobody waits for the other members: what is lost with a primary is put there again
-            # with the next update, and one that is cut off has to be outlived in any case.
+            # Nobody waits for the other members. If the last writes are lost with a primary, sums
+            # are put there again with the next update, and slices of a moment are given out twice.
             "writeConcern": {"w": 1},
         }
         for _ in range(TRIES):
-            left = max(deadline - self._reactor.seconds(), 0.001)
-            command["maxTimeMS"] = max(int(left * 1000), 1)
-            reply = await self._pool.ask(database, command, timeout_s=left)
+            left_s = max(self.left_s(deadline), 0.001)
+            command["maxTimeMS"] = int(left_s * 1000)
+            reply = await self._pool.ask(database, command, timeout_s=left_s)
             if reply.get("code") != _DUPLICATE_KEY:
                 break
         return _document(reply)
@@ -80,6 +92,10 @@ def _document(reply: Mapping[str, Any]) -> Document:
         raise StorageError(f"update in {where}: {describe(reply)}")
     value: Document = reply["value"]
     return value
+
+
+def _not_ours(part: str) -> StorageError:
+    return StorageError(f"{'.'.join(LIMITS)}: `{part}` of a key is not as we make it")
 
 
 class MongoSpending:
@@ -111,8 +127,7 @@ class MongoSpending:
         try:
             return _sum(document["spent"], journal, mine)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            where = ".".join(LIMITS)
-            raise StorageError(f"{where}: `spent` of a key is not as we make it") from error
+            raise _not_ours("spent") from error
 
 
 def _milliseconds(time: timedelta) -> int:
@@ -156,3 +171,82 @@ def _add(pairs: Iterable[Iterable[int]]) -> Amount:
     for more_tokens, more_cost in pairs:
         tokens, cost = min(tokens + more_tokens, MAX_COUNT), min(cost + more_cost, MAX_COUNT)
     return Amount(tokens, cost)
+
+
+class _Seen(NamedTuple):
+    """A key's share as it was, and its version; 0: there was none."""
+
+    version: int = 0
+    share: Share = Share()
+
+
+@implementer(IShares)
+class MongoShares:
+    """See `IShares`."""
+
+    def __init__(self, documents: KeyDocuments) -> None:
+        self._documents = documents
+        self._seen: OrderedDict[str, _Seen] = OrderedDict()
+
+    def change(self, key_id: str, change: Callable[[Share], Share]) -> Deferred[Share]:
+        """See `IShares.change`; answers or fails within a second.
+
+        After a failure it is not known whether the change was made. So what was given back in it
+        is gone for whoever did so, and what was taken in it is not there: the key has a slice less
+        until its buckets have filled up again, and never one too much.
+        """
+        return Deferred.fromCoroutine(self._change(key_id, change))
+
+    async def _change(self, key_id: str, change: Callable[[Share], Share]) -> Share:
+        deadline = self._documents.deadline()
+        seen = self._seen.get(key_id, _Seen())
+        while self._documents.left_s(deadline):
+            # Not counted: where a primary's last writes were lost, or a document was removed, two
+            # different shares would have the same number.
+            new = _Seen(secrets.randbits(62) + 1, change(seen.share))
+            found = await self._swap(key_id, seen.version, new, deadline)
+            self._remember(key_id, found)
+            if found.version == new.version:  # also if it was carried out twice
+                return new.share
+            seen = found
+        raise StorageError(f"{'.'.join(LIMITS)}: too many change the share of one key at once")
+
+    async def _swap(self, key_id: str, version: int, new: _Seen, deadline: float) -> _Seen:
+        """Put the new one in the place of that version; what is there then, in either case."""
+        as_seen = {"$eq": [{"$ifNull": ["$version", 0]}, version]}
+        values = {
+            "version": {"$cond": [as_seen, Int64(new.version), "$version"]},
+            "share": {"$cond": [as_seen, {"$literal": _share_document(new.share)}, "$share"]},
+        }
+        document = await self._documents.update(key_id, values, deadline)
+        try:
+            if "version" not in document:
+                return _Seen()
+            return _Seen(int(document["version"]), _share(document["share"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise _not_ours("share") from error
+
+    def _remember(self, key_id: str, seen: _Seen) -> None:
+        self._seen[key_id] = seen
+        self._seen.move_to_end(key_id)
+        if len(self._seen) > MOST_KEYS:
+            self._seen.popitem(last=False)
+
+
+def _share_document(share: Share) -> Document:
+    # A process's id may have dots in it, which a field's name must not.
+    claims = [[name, Int64(claim.slots), claim.until] for name, claim in share.claims.items()]
+    return {
+        "requests_full_at": share.requests_full_at,
+        "tokens_full_at": share.tokens_full_at,
+        "claims": claims,
+    }
+
+
+def _share(document: Mapping[str, Any]) -> Share:
+    """Raises LookupError, TypeError, ValueError."""
+    return Share(
+        float(document["requests_full_at"]),
+        float(document["tokens_full_at"]),
+        {name: Claim(int(slots), float(until)) for name, slots, until in document["claims"]},
+    )
