@@ -37,7 +37,13 @@ class MongoRig(Rig):
         client = self._client
         find = {"resource": {"db": "cgc", "collection": "api_keys"}, "actions": ["find"]}
         add = {"resource": {"db": "billing", "collection": "events_oneoff"}, "actions": ["insert"]}
-        roles = [("cgc", "apiKeysReader", find), ("billing", "completionBillingWriter", add)]
+        actions = ["find", "insert", "update"]
+        put = {"resource": {"db": "llmproxy", "collection": "limits"}, "actions": actions}
+        roles = [
+            ("cgc", "apiKeysReader", find),
+            ("billing", "completionBillingWriter", add),
+            ("llmproxy", "limitsWriter", put),
+        ]
         with contextlib.suppress(mongod.pymongo.errors.OperationFailure):  # made by another test
             for database, role, may in roles:
                 client[database].command("createRole", role, privileges=[may], roles=[])
@@ -45,6 +51,7 @@ class MongoRig(Rig):
             client.cgc.command("createUser", "llmproxy", pwd=PASSWORD, roles=named)
         client.cgc.api_keys.drop()
         client.billing.events_oneoff.drop()
+        client.llmproxy.limits.drop()
         client.cgc.api_keys.insert_many(
             {
                 "_id": str(n),

@@ -1,0 +1,123 @@
+"""Three proxies on one MongoDB and one credit: nobody is refused while there is some, what is
+overspent is a lease for each stream at most, and a top-up is known to all soon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import mongod
+import pytest
+from credit import Crowd
+from figures import LONG, report
+from load import Load, until
+from mongo_rig import MongoRig
+from mongod import ReplicaSet
+
+WORKERS = (1, 1, 2)  # of each proxy
+COUNT = 500 if LONG else 60
+TOKENS = 700
+#: How soon a key's new limits hold: `auth_fresh`, and some for a machine that is busy.
+KNOWN_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def replicas() -> Iterator[ReplicaSet]:
+    replicas = ReplicaSet(3)
+    try:
+        yield replicas
+    finally:
+        replicas.stop()
+
+
+def set_credit(client: mongod.Client, tokens: int) -> None:
+    """Give the first key so much, as an operator does."""
+    limits = {"$set": {"limits.tokens_total": tokens}}
+    client.cgc.api_keys.update_one({"_id": "0"}, limits)
+
+
+def billed(client: mongod.Client) -> int:
+    return sum(each["quantity"] for each in client.billing.events_oneoff.find())
+
+
+async def delivered(rigs: Sequence[MongoRig]) -> None:
+    for rig in rigs:
+        await until(lambda rig=rig: not rig.open_rows(), 20, "the last settlement")  # type: ignore[misc]
+        await until(lambda rig=rig: not rig.undelivered(), 20, "the last delivery")  # type: ignore[misc]
+
+
+@contextlib.asynccontextmanager
+async def running(folder: Path, replicas: ReplicaSet, credit: int) -> AsyncIterator[list[MongoRig]]:
+    """The proxies, and a key with so much credit."""
+    rigs = []
+    for number, workers in enumerate(WORKERS):
+        (place := folder / f"proxy-{number}").mkdir()
+        rigs.append(MongoRig(place, replicas.client(), replicas.seeds, workers=workers))
+    set_credit(replicas.client(), credit)
+    with rigs[0].backend() as url:
+        async with contextlib.AsyncExitStack() as stack:
+            for rig in rigs:
+                rig.configure(url)
+            await asyncio.gather(*(stack.enter_async_context(rig.running()) for rig in rigs))
+            yield rigs
+    assert all("Traceback" not in rig.output() for rig in rigs)
+
+
+@pytest.mark.timeout(300)
+def test_proxies_on_one_mongodb_share_a_credit(tmp_path: Path, replicas: ReplicaSet) -> None:
+    client, credit = replicas.client(), COUNT * TOKENS // 2
+
+    async def story() -> None:
+        async with running(tmp_path, replicas, credit) as rigs:
+            ports = [rig.port for rig in rigs]
+            crowd = Crowd(ports, Load.key(0), tokens=TOKENS)
+            began = time.monotonic()
+            await crowd.stream(COUNT)
+            took_s = time.monotonic() - began
+            assert [each.status for each in await crowd.stream(6)] == [402] * 6
+            await delivered(rigs)
+            crowd.check(credit, billed(client))
+            over = billed(client) - credit
+            report("mongo, one credit", streams=COUNT, credit=credit, over=over, took_s=took_s)
+            set_credit(client, credit + over + 1000)
+            topped_up = time.monotonic()
+            for port in ports:
+                await answered(port, 200)
+            assert time.monotonic() - topped_up < KNOWN_S
+
+    asyncio.run(story())
+
+
+@pytest.mark.timeout(120)
+def test_without_the_role_keys_are_served_and_one_line_says_what_is_missing(
+    tmp_path: Path, replicas: ReplicaSet
+) -> None:
+    client, role = replicas.client(), {"role": "limitsWriter", "db": "llmproxy"}
+
+    async def story() -> None:
+        async with running(tmp_path, replicas, credit=1) as (rig, *_):
+            client.cgc.command("revokeRolesFromUser", "llmproxy", roles=[role])
+            crowd = Crowd([rig.port], Load.key(0), tokens=3)
+            for _ in range(2):
+                assert {each.status for each in await crowd.stream(5)} == {200}
+            await until(
+                lambda: "'limitsWriter' of the database 'llmproxy'" in rig.output(), 5, "why"
+            )
+            client.cgc.command("grantRolesToUser", "llmproxy", roles=[role])
+            await answered(rig.port, 402)
+            await until(lambda: "can be read again" in rig.output(), 5, "an end")
+        assert rig.output().count("limitsWriter") == 1
+
+    asyncio.run(story())
+
+
+async def answered(port: int, status: int) -> None:
+    """A proxy answers the key so, soon."""
+    alone = Crowd([port], Load.key(0), tokens=1)
+    deadline = time.monotonic() + 5
+    while (await alone.ask()).status != status:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
