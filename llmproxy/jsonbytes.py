@@ -171,9 +171,26 @@ def duplicate(found: Sequence[Member]) -> str | None:
 
 def has_duplicates(raw: bytes, value: Mapping[str, object]) -> bool:
     """Whether `raw`, which was read as `value`, has a key twice, however it is spelled."""
+    if _has_all_colons(raw, value):
+        return False
     found = _MEMBER.findall(raw)
     count = len(found) if found[-1][2] else len(_members_at_any_depth(raw))
     return count != len(value)
+
+
+def _has_all_colons(raw: bytes, value: Mapping[str, object]) -> bool:
+    """Whether `value` surely has each member of `raw`, at any depth; a quarter of the time of a
+    look at the members.
+
+    Of a key that stands twice `value` has the last, and a colon less. All other colons are in
+    strings, as themselves, unless one is escaped.
+    """
+    if b"\\u003" in raw:
+        return False
+    try:
+        return raw.count(b":") == orjson.dumps(value).count(b":")
+    except TypeError:  # deeper than orjson writes
+        return False
 
 
 def append(raw: bytes, more: Mapping[str, bytes | None]) -> bytes:

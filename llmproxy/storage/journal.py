@@ -17,7 +17,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail, succeed
@@ -74,15 +74,17 @@ class Operation:
     """One thing to do inside a commit; it is done again when the commit's fate is unknown.
 
     `error`: why this one can never be written (a fault of ours); the others are not held up.
+    `abandoned`: nobody waits for it any more.
     `statement`: by which many of its kind are written at once; None for those that stand alone.
     """
 
-    __slots__ = ("done", "error")
+    __slots__ = ("abandoned", "done", "error")
     statement: ClassVar[rows.Statement | None] = None
 
     def __init__(self) -> None:
         self.done: Deferred[None] = Deferred()
         self.error: Exception | None = None
+        self.abandoned = False
 
     def write(self, connection: sqlite3.Connection) -> None:
         """What there is to do."""
@@ -148,13 +150,12 @@ class RowOperation(Operation):
 class Opening(RowOperation):
     """The opening of a row; given up when it takes too long."""
 
-    __slots__ = ("abandoned", "deadline", "tried")
+    __slots__ = ("deadline", "tried")
     statement = rows.OPEN
 
     def __init__(self, row: rows.Row, deadline: float) -> None:
         super().__init__(row)
         self.deadline = deadline
-        self.abandoned = False
         self.tried = False
 
     def give_up(self) -> None:
@@ -297,7 +298,7 @@ class GroupCommit:
         if done:
             self._on_commit(time.monotonic() - started, len(done))
             self._works_again()
-        self._queue[:0] = [_closing(op) for op in done if _abandoned(op)]
+        self._queue[:0] = [_closing(op) for op in _abandoned(done)]
         self._commit()  # the next commit runs in its thread while the waiters of this one go on
         for operation in done:
             operation.finish()
@@ -434,15 +435,16 @@ def _touch(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA user_version = {int(version)}")
 
 
-def _abandoned(operation: Operation) -> TypeGuard[Opening]:
-    return isinstance(operation, Opening) and operation.abandoned
+def _abandoned(batch: Iterable[Operation]) -> list[Opening]:
+    return [op for op in batch if op.abandoned and isinstance(op, Opening)]
 
 
-def _without_abandoned(batch: Sequence[Operation]) -> list[Operation]:
+def _without_abandoned(batch: list[Operation]) -> list[Operation]:
     """Drop openings that nobody waits for; those that were tried may be there: close them."""
-    return [
-        _closing(op) if _abandoned(op) else op for op in batch if not _abandoned(op) or op.tried
-    ]
+    if not (abandoned := _abandoned(batch)):
+        return batch
+    closings: dict[Operation, Closing] = {op: _closing(op) for op in abandoned if op.tried}
+    return [closings.get(op, op) for op in batch if op in closings or not op.abandoned]
 
 
 def _closing(opening: Opening) -> Closing:

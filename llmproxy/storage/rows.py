@@ -24,7 +24,8 @@ MOST_ROWS = 32
 
 Row = tuple[str | int | None, ...]
 
-_COUNTS = ", ".join(Kind)
+_KINDS = tuple(Kind)
+_COUNTS = ", ".join(_KINDS)
 _BILLED = ", ".join(sorted(f"'{state}'" for state in BILLED))
 
 # `orphan` may still become better known: another process may have taken us for dead.
@@ -134,12 +135,12 @@ def closing(rid: str, settlement: Settlement, *, bills_here: bool) -> Row:
     state, outcome, counts = settlement.state, settlement.outcome, settlement.counts
     return (
         rid,
-        state.value,  # sqlite3 is slow with what is only nearly a str
-        outcome and outcome.value,
+        str(state),  # sqlite3 is slow with what is only nearly a str
+        outcome and str(outcome),
         settlement.status,
         to_text(settlement.finished),
         settlement.raw,
-        *map(counts.get, Kind),
+        *map(counts.get, _KINDS),
         int(bills_here or (not counts and state is State.SETTLED)),
     )
 
@@ -159,7 +160,7 @@ def closing_for_nothing(opened: Row) -> Row:
 
 def checkpoint(rid: str, counts: Counts) -> Row:
     """The parameters of CHECKPOINT."""
-    return (rid, *map(counts.get, Kind))
+    return (rid, *map(counts.get, _KINDS))
 
 
 def add_prices(connection: sqlite3.Connection, prices: Iterable[Price]) -> None:
