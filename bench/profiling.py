@@ -23,9 +23,9 @@ Costs = Counter[str]
 @contextlib.contextmanager
 def sampling(pid: int, output: Path) -> Iterator[None]:
     """Let the process sample itself in the meantime."""
-    os.kill(pid, signal.SIGUSR2)
+    os.kill(pid, signal.SIGURG)
     yield
-    os.kill(pid, signal.SIGUSR2)
+    os.kill(pid, signal.SIGURG)
     deadline = time.monotonic() + WRITE_TIMEOUT_S
     while not output.exists():
         if time.monotonic() > deadline:

@@ -1,6 +1,6 @@
 """llmproxy with a sampler inside: `python sampled.py OUTPUT ARGS...`, for `run.py --profile`.
 
-SIGUSR2 starts the sampling; the second one stops it and writes OUTPUT, a line for each stack:
+SIGURG starts the sampling; the second one stops it and writes OUTPUT, a line for each stack:
 functions from the outermost to the innermost, with semicolons between, and the CPU time in ns.
 
 Samples are weighed with the CPU time that each thread has used since the last one. So what other
@@ -35,7 +35,7 @@ class Sampler:
         self._costs: Counter[Stack] = Counter()
 
     def toggle(self, number: int, frame: FrameType | None) -> None:
-        """SIGUSR2: start or stop."""
+        """SIGURG: start or stop."""
         self._on = not self._on
         if self._on:
             self._used = {ident: _cpu_ns(ident) for ident in sys._current_frames()}
@@ -84,7 +84,7 @@ def main() -> None:
     sampler = Sampler(Path(sys.argv.pop(1)))
     signal.signal(signal.SIGPROF, sampler.sample)
     signal.siginterrupt(signal.SIGPROF, False)
-    signal.signal(signal.SIGUSR2, sampler.toggle)
+    signal.signal(signal.SIGURG, sampler.toggle)
     from llmproxy.__main__ import main as run
 
     run()
