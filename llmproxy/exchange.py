@@ -157,7 +157,7 @@ class Exchange:
         self._key_id = account.key_id
         limits = self._services.limits
         if limits is not None and limits.concern(account):
-            self._enter(limits, account)
+            await self._enter(limits, account)
         try:
             model = await self._admit(account)
             queue = model.queue
@@ -183,16 +183,20 @@ class Exchange:
         known = authenticator.known(key)
         return known or await authenticator.authenticate(key, self._request.peer)
 
-    def _enter(self, limits: Limits, account: Account) -> None:
+    async def _enter(self, limits: Limits, account: Account) -> None:
         try:
-            limits.enter(account)
+            if (entering := limits.enter(account)) is not None:
+                await self._while_there(entering)
             self._limits = limits
         finally:
             self._request.more_fields = limits.fields(account)
 
-    def _hold(self, limits: Limits, account: Account, most: int) -> None:
+    async def _hold(self, limits: Limits, account: Account, most: int) -> None:
         try:
-            self._held = limits.hold(account, most)
+            tokens = limits.most(account, most)
+            if (holding := limits.hold(account, tokens)) is not None:
+                await self._while_there(holding)
+            self._held = tokens
         finally:
             self._request.more_fields = limits.fields(account)
 
@@ -205,7 +209,7 @@ class Exchange:
         self._admitted = admitted = await self._admission.admit(account)
         if self._limits is not None:
             ask = admitted.ask()
-            self._hold(self._limits, account, ask.prompt + ask.answer)
+            await self._hold(self._limits, account, ask.prompt + ask.answer)
         return admitted.model
 
     async def _wait(self, queue: FairQueue, key_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -114,6 +115,8 @@ class Proxy(logs.LoggingService):
         self.backends.swap(self.config.backends)
         self._services = services = self._make_services()
         services.checkpoints.setServiceParent(self)
+        if services.limits is not None:
+            services.limits.setServiceParent(self)
         Heartbeat(self._reactor, self.metrics.loop_lag).setServiceParent(self)
         self._watch_servers()
         self._health = health_checks(self.backends, self._reactor, self._checked)
@@ -162,7 +165,14 @@ class Proxy(logs.LoggingService):
             checkpoints=Checkpoints(self.stores.ledger, self._reactor),
             metrics=self.metrics,
             prices=self._priced(self.config),
-            limits=Limits(self.config.limits, time.monotonic, self.metrics.limited),
+            limits=Limits(
+                self.config.limits,
+                self.stores.shares,
+                secrets.token_hex(8),
+                self._reactor,
+                time.time,
+                self.metrics.limited,
+            ),
             budgets=Budgets(
                 self.config.limits,
                 self.stores.spending,

@@ -50,6 +50,14 @@ CREATE TABLE IF NOT EXISTS key_limit (
 			AND cost_total BETWEEN 0 AND 9000000000000000)
 ) WITHOUT ROWID;
 
+-- What the processes on this file share of a key's limits: one row for each key that has any.
+CREATE TABLE IF NOT EXISTS key_share (
+	api_key TEXT PRIMARY KEY,       -- api_key.id
+	requests_full_at REAL NOT NULL, -- Unix time in s, at which all requests of a minute are there again
+	tokens_full_at REAL NOT NULL,
+	claims TEXT NOT NULL            -- JSON: by process, how many requests in flight, and until when that counts
+) WITHOUT ROWID;
+
 CREATE TABLE IF NOT EXISTS event_oneoff (
 	id INTEGER PRIMARY KEY,
 	created TEXT,          -- when the request finished, UTC

@@ -19,11 +19,12 @@ from llmproxy.config import Config
 from llmproxy.delivery import POLL_S, Delivery
 from llmproxy.errors import StorageError
 from llmproxy.model import State
-from llmproxy.storage import IAccounts, ISpending, IUsage
+from llmproxy.storage import IAccounts, IShares, ISpending, IUsage
 from llmproxy.storage.journal import SQLiteLedger
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.rows import install
 from llmproxy.storage.shared_spending import SharedSpending
+from llmproxy.storage.shares import SQLiteShares
 from llmproxy.storage.spending import SQLiteSpending
 from llmproxy.storage.sqlite import SQLiteAccounts, journal_id, make_pool, prepare
 from llmproxy.storage.turnstile import Turnstile
@@ -49,8 +50,9 @@ def prepare_database(config: Config) -> None:
 
 
 class Stores:
-    """`accounts`, `ledger`, `usage` and `spending`, from `open` to `close`. `currency`: the one of
-    the prices in force.
+    """`accounts`, `ledger`, `usage`, `spending` and `shares`, from `open` to `close`.
+
+    `currency`: the one of the prices in force.
 
     `prepared`: `prepare_database` has been called. `delivers`: with MongoDB, this is the process
     that delivers the bills, of which it looks for those of others every `poll_s`.
@@ -62,6 +64,7 @@ class Stores:
     ledger: SQLiteLedger
     usage: IUsage
     spending: ISpending
+    shares: IShares
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class Stores:
         )
         self.usage = SQLiteUsage(self._pool(), self._reactor)
         self.spending = SQLiteSpending(self.ledger.writer, lambda: self.currency)
+        self.shares = SQLiteShares(self.ledger.writer)
         if self._config.db.is_mongodb:
             await self._open_mongo()
         else:

@@ -18,23 +18,37 @@ import orjson
 import pytest
 from backend import CHUNKED, DONE, JSON, LAST_CHUNK, chunk, head, raw_answer, sse_event
 from memory import Backend, Server, request_bytes
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from zope.interface import implementer
 
 from llmproxy import config
 from llmproxy.auth import Authenticator
 from llmproxy.backends import Backends
+from llmproxy.budgets import Budgets
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import KeyLimits, Prices
 from llmproxy.exchange import Services
 from llmproxy.limits import Limits
 from llmproxy.metrics import Metrics
-from llmproxy.model import Account, Attempt, Counts, Entry, Outcome, Price, Settlement, State
+from llmproxy.model import (
+    Account,
+    Amount,
+    Attempt,
+    Counts,
+    Entry,
+    Outcome,
+    Price,
+    Settlement,
+    Share,
+    Spending,
+    State,
+    utcnow,
+)
 from llmproxy.prices import PriceList
 from llmproxy.resource import make_root
-from llmproxy.storage import IAccounts, ILedger
-from llmproxy.storage.memory import MemoryAccounts, MemoryLedger, MemoryStore
+from llmproxy.storage import IAccounts, ILedger, IShares, ISpending
+from llmproxy.storage.memory import MemoryAccounts, MemoryLedger, MemoryShares, MemoryStore
 from llmproxy.upstream import Upstream
 
 T = TypeVar("T")
@@ -167,6 +181,29 @@ class SlowLedger:
         return self._ledger.checkpoint(running)
 
 
+@implementer(IShares)
+class SlowShares:
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.memory = MemoryShares()
+
+    def change(self, key_id: str, change: Callable[[Share], Share]) -> Deferred[Share]:
+        return self._gate.later(lambda: self.memory.change(key_id, change))
+
+
+@implementer(ISpending)
+class SlowSpending:
+    """Nobody has used anything."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def of(self, key_id: str, running: Mapping[str, Counts]) -> Deferred[Spending]:
+        nothing = Amount()
+        spending = Spending(utcnow().date(), nothing, nothing, nothing)
+        return self._gate.later(lambda: succeed(spending))
+
+
 class World:
     """One client, one request, one backend, and stores whose every answer is a step."""
 
@@ -183,8 +220,12 @@ class World:
         backends = Backends(lambda one: Upstream(one, self.backend.agent), self.clock)
         backends.swap(settings.backends)
         metrics = Metrics("0", ["m"])
-        alone = KeyLimits(concurrent_requests=1)
-        self.limits = Limits(alone, self.clock.seconds, metrics.limited)
+        alone = KeyLimits(concurrent_requests=1, tokens_per_minute=1000, tokens_total=1000)
+        self.shares = SlowShares(self.gate)
+        seconds = self.clock.seconds
+        self.limits = Limits(alone, self.shares, "me", self.clock, seconds, metrics.limited)
+        spending = SlowSpending(self.gate)
+        budgets = Budgets(alone, spending, self.clock, seconds, metrics.limited)
         self.services = Services(
             config=settings,
             clock=self.clock,
@@ -201,6 +242,7 @@ class World:
             metrics=metrics,
             prices=PriceList(Prices()),
             limits=self.limits,
+            budgets=budgets,
         )
         self.server = Server(self.clock, make_root(self.services, 0), metrics)
         self._request = list(case.request)
@@ -244,14 +286,19 @@ class World:
             assert rows[0].settlement is not None, "an end without a bill"
         assert len(self.ledger.settled) <= 1, "settled twice"
         if any(row.settlement is None for row in rows):
-            assert list(self.limits.running.values()) == [1], "served, and not counted"
+            assert list(self.limits.in_flight.values()) == [1], "served, and not counted"
 
     def check_over(self) -> None:
         rows = list(self.store.rows.values())
         assert self.ledger.settled == [row.entry.rid for row in rows]
         assert all(row.settlement is not None for row in rows)
         assert self.services.exchanges == set()
-        assert self.limits.running == {}
+        assert self.limits.in_flight == {}
+        self.limits.stopService()
+        while self.gate.waiting:
+            self.gate.waiting.pop(0)()
+        for share in self.shares.memory.shares.values():
+            assert share.claims == {}, "claimed for ever"
         assert self.gate.waiting == []
         assert (self.server.active(), self.server.counted()) in ((0, 1), (0, 0))
         assert not self.server.wire.connected

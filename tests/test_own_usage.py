@@ -38,6 +38,7 @@ from llmproxy.model import (
 )
 from llmproxy.resource import make_root
 from llmproxy.storage import ISpending, IUsage
+from llmproxy.storage.memory import MemoryShares
 from llmproxy.usage_report import MOST_DAYS, period, report
 
 TODAY = date(2026, 3, 5)
@@ -249,7 +250,14 @@ class Site:
     def __init__(self, own: OwnLimits | None = None, **limits: int) -> None:
         self.clock = Clock()
         self.config = Config(limits=KeyLimits(**limits))
-        self.limits = Limits(self.config.limits, self.clock.seconds, lambda setting: None)
+        self.limits = Limits(
+            self.config.limits,
+            MemoryShares(),
+            "me",
+            self.clock,
+            self.clock.seconds,
+            lambda setting: None,
+        )
         self.authenticator = self
         self._account = Account("alice", limits=own)
         self.purse = Purse()

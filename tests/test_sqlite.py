@@ -114,6 +114,7 @@ def test_a_new_file_has_the_schema_and_wal(path: Path) -> None:
         ("journal",),
         ("key_limit",),
         ("key_model",),
+        ("key_share",),
         ("ledger",),
         ("price",),
         ("usage_day",),

@@ -133,6 +133,13 @@ class Call(Operation):
         self._function(connection)
 
 
+class Apart(Call):
+    """One that has nothing to do with rows, so that it may go before those that were added first:
+    what is written of many rows at once is not parted by it."""
+
+    __slots__ = ()
+
+
 class RowOperation(Operation):
     """One that writes `row`, together with others of its kind if there are any."""
 
@@ -407,6 +414,8 @@ def _apply(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
             openings.append(operation)
         elif isinstance(operation, Noting):
             notes.append(operation)
+        elif isinstance(operation, Apart):
+            operation.apply(connection)
         else:
             flush()
             operation.apply(connection)

@@ -6,7 +6,7 @@ next process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -22,11 +22,12 @@ from llmproxy.model import (
     Event,
     Price,
     Settlement,
+    Share,
     State,
     events,
     utcnow,
 )
-from llmproxy.storage import IAccounts, ILedger, IOutbox
+from llmproxy.storage import IAccounts, ILedger, IOutbox, IShares
 
 
 class Living(Protocol):
@@ -175,3 +176,16 @@ class MemoryLedger:
 
 def _finished(row: Row) -> datetime:
     return row.entry.opened if row.settlement is None else row.settlement.finished
+
+
+@implementer(IShares)
+class MemoryShares:
+    """Shares in a dict."""
+
+    def __init__(self) -> None:
+        self.shares: dict[str, Share] = {}
+
+    def change(self, key_id: str, change: Callable[[Share], Share]) -> Deferred[Share]:
+        """See `IShares.change`."""
+        self.shares[key_id] = share = change(self.shares.get(key_id, Share()))
+        return succeed(share)

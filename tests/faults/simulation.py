@@ -64,6 +64,7 @@ from llmproxy.resource import make_root
 from llmproxy.site import Site
 from llmproxy.storage import journal
 from llmproxy.storage.journal import SQLiteLedger
+from llmproxy.storage.memory import MemoryShares
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import SQLiteAccounts
 from llmproxy.upstream import Upstream
@@ -176,7 +177,14 @@ class Process:
             checkpoints=checkpoints,
             metrics=shared_metrics(),
             prices=PriceList(Prices()),
-            limits=Limits(settings().limits, self.reactor.seconds, shared_metrics().limited),
+            limits=Limits(
+                settings().limits,
+                MemoryShares(),
+                self.name,
+                self.reactor,
+                self.reactor.seconds,
+                shared_metrics().limited,
+            ),
         )
 
     def _connect(self, backend: Backend) -> Upstream:
@@ -227,7 +235,7 @@ class Process:
             return []
         found = [f"exchange of {self.name} still runs" for _ in self.services.exchanges]
         assert self.services.limits is not None
-        found += [f"{key_id} is still counted" for key_id in self.services.limits.running]
+        found += [f"{key_id} is still counted" for key_id in self.services.limits.in_flight]
         found += [f"connection of {self.name} is open" for _ in self.reactor.transports]
         followed = self.services.checkpoints._streams
         found += [f"checkpoints of {self.name} still follow {rid}" for rid in followed]

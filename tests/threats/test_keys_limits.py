@@ -57,7 +57,7 @@ def running(proxy: ProxyHandle) -> dict[str, int]:
     """How many requests of each key count as in flight."""
     assert proxy.proxy._services is not None
     assert proxy.proxy._services.limits is not None
-    return proxy.proxy._services.limits.running
+    return proxy.proxy._services.limits.in_flight
 
 
 async def until_idle(proxy: ProxyHandle) -> None:
