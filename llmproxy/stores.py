@@ -83,6 +83,7 @@ class Stores:
         self._turnstile = Turnstile(self._owners.folder / ".turnstile")
         self._pools: list[ConnectionPool] = []
         self._mongo: mongo.MongoStore | None = None
+        self._shared_spending: SharedSpending | None = None
         self.delivery: Delivery | None = None
         self.currency = config.prices.currency
 
@@ -133,9 +134,10 @@ class Stores:
         self._mongo = mongo.connect(self._config.db.uri, self._reactor)
         await self._mongo.start()
         self.accounts = self._mongo.accounts
-        self.spending = SharedSpending(
-            self.spending, journal_id(self._path), self._mongo.spending.exchange
+        self.spending = self._shared_spending = SharedSpending(
+            self.spending, journal_id(self._path), self._mongo.spending.exchange, self._reactor
         )
+        self._shared_spending.startService()
         if not self._delivers:
             return
         self.delivery = Delivery(
@@ -159,6 +161,8 @@ class Stores:
                     "ledger: {pending} writes were not possible before the end",
                     pending=self.ledger.writer.pending,
                 )
+        if self._shared_spending is not None:
+            await self._shared_spending.stopService()
         if self.delivery is not None:
             await self.delivery.stopService()
         if hasattr(self, "ledger"):

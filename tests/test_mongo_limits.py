@@ -14,10 +14,10 @@ import pymongo.errors
 import pytest
 import pytest_twisted
 from bson import Int64
-from deferreds import failure_of
+from deferreds import failure_of, is_waiting, result_of
 from mongod import Mongod, ReplicaSet
 from twisted.internet import reactor as _reactor
-from twisted.internet.defer import CancelledError, Deferred, gatherResults, succeed
+from twisted.internet.defer import CancelledError, Deferred, fail, gatherResults, succeed
 from twisted.internet.task import Clock, deferLater
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
@@ -28,7 +28,7 @@ from llmproxy.storage import IShares, ISpending
 from llmproxy.storage.mongo_limits import ROLE, KeyDocuments, MongoShares, MongoSpending
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import parse
-from llmproxy.storage.shared_spending import SharedSpending
+from llmproxy.storage.shared_spending import LAST_ROUND_S, ROUND_S, SharedSpending
 
 reactor: Any = _reactor
 TODAY = date(2026, 3, 15)
@@ -320,25 +320,108 @@ async def test_who_lacks_the_role_is_told_which(server: Mongod) -> None:
 
 @implementer(ISpending)
 class Own:
-    """What one proxy's file says."""
+    """What one proxy's file says: so much is used, and so much is held."""
 
     def __init__(self) -> None:
+        self.tokens, self.held = 0, 0
         self.asked: list[tuple[str, Mapping[str, Counts]]] = []
 
     def of(self, key_id: str, running: Mapping[str, Counts]) -> Deferred[Spending]:
         self.asked.append((key_id, running))
-        return succeed(spent(len(self.asked), 10))
+        return succeed(spent(len(self.asked), self.tokens, held=Amount(self.held)))
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_proxy_says_what_all_have_used(server: Mongod) -> None:
-    own, running = Own(), {"r1": {Kind.COMPLETION: 5}}
-    async with spending(server) as shared:
-        await shared.exchange("key-1", JOURNALS[1], spent(1, 1))
-        both = SharedSpending(own, JOURNALS[0], shared.exchange)
-        assert verifyObject(ISpending, both)
-        assert await both.of("key-1", running) == spent(1, 11)
-    assert own.asked == [("key-1", running)]
+class Others:
+    """What other proxies are told: tokens used and held of each key, as it comes. They have used
+    one of each; `away`: they can't be told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int]] = []
+        self.away = False
+
+    def exchange(self, key_id: str, journal: str, mine: Spending) -> Deferred[Spending]:
+        assert journal == JOURNALS[0]
+        if self.away:
+            return fail(StorageError("away"))
+        self.told.append((key_id, mine.ever.tokens, mine.held.tokens))
+        return succeed(mine._replace(ever=Amount(mine.ever.tokens + 1)))
+
+
+class Proxy:
+    """One proxy's side, on a clock."""
+
+    def __init__(self) -> None:
+        self.own, self.others, self.clock = Own(), Others(), Clock()
+        self.spending = SharedSpending(self.own, JOURNALS[0], self.others.exchange, self.clock)
+        self.spending.startService()
+
+    def ask(self, key_id: str) -> int:
+        return result_of(self.spending.of(key_id, {})).ever.tokens
+
+    def told_in(self, rounds: int) -> list[tuple[str, int, int]]:
+        self.others.told.clear()
+        for _ in range(rounds):
+            self.clock.advance(ROUND_S)
+        return list(self.others.told)
+
+    def stop(self) -> None:
+        result_of(self.spending.stopService())
+        assert not self.clock.getDelayedCalls()
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    opened = Proxy()
+    yield opened
+    opened.stop()
+
+
+def test_a_proxy_says_what_all_have_used(proxy: Proxy) -> None:
+    assert verifyObject(ISpending, proxy.spending)
+    running = {"r1": {Kind.COMPLETION: 5}}
+    proxy.own.tokens = 10
+    assert result_of(proxy.spending.of("key-1", running)).ever.tokens == 11
+    assert proxy.own.asked == [("key-1", running)]
+
+
+def test_others_are_told_of_what_is_in_flight_until_it_has_ended(proxy: Proxy) -> None:
+    proxy.ask("key-1")
+    proxy.own.held = 300  # its row is opened after that
+    assert proxy.told_in(3) == [("key-1", 0, 300)] * 3
+    proxy.own.tokens, proxy.own.held = 200, 0
+    assert proxy.told_in(5) == [("key-1", 200, 0)] * 2
+    proxy.ask("key-1")
+    proxy.ask("key-2")
+    assert proxy.told_in(5) == [("key-1", 200, 0), ("key-2", 200, 0)] * 2
+
+
+def test_others_that_are_away_are_told_when_they_are_back(proxy: Proxy) -> None:
+    proxy.ask("key-1")
+    proxy.others.away = True
+    assert proxy.told_in(5) == []
+    proxy.others.away = False
+    assert proxy.told_in(1) == [("key-1", 0, 0)]
+
+
+def test_others_are_told_the_last_when_a_proxy_stops() -> None:
+    proxy = Proxy()
+    proxy.ask("key-1")
+    proxy.own.tokens = 7
+    proxy.others.told.clear()
+    proxy.stop()
+    assert proxy.others.told == [("key-1", 7, 0)]
+
+
+def test_a_stop_waits_for_a_second_at_most() -> None:
+    proxy = Proxy()
+    proxy.ask("key-1")
+    silent: Deferred[Spending] = Deferred()
+    proxy.spending._exchange = lambda *_: silent
+    stopping = proxy.spending.stopService()
+    assert is_waiting(stopping)
+    proxy.clock.advance(LAST_ROUND_S)
+    result_of(stopping)
+    assert not proxy.clock.getDelayedCalls()
 
 
 # What is left of rates

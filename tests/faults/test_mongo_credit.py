@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mongod
 import pytest
-from credit import Crowd
+from credit import ON_THE_WAY, Crowd
 from figures import LONG, report
 from load import Load, until
 from mongo_rig import MongoRig
@@ -20,6 +20,7 @@ from mongod import ReplicaSet
 WORKERS = (1, 1, 2)  # of each proxy
 COUNT = 500 if LONG else 60
 TOKENS = 700
+CREDIT = COUNT * TOKENS // 2
 #: How soon a key's new limits hold: `auth_fresh`, and some for a machine that is busy.
 KNOWN_S = 2.0
 
@@ -41,6 +42,13 @@ def set_credit(client: mongod.Client, tokens: int) -> None:
 
 def billed(client: mongod.Client) -> int:
     return sum(each["quantity"] for each in client.billing.events_oneoff.find())
+
+
+def published(client: mongod.Client) -> int:
+    """What all proxies know of the first key's tokens."""
+    found = client.llmproxy.limits.find_one({"_id": "0"})
+    assert found is not None
+    return sum(each["ever"][0] for each in found["spent"].values())
 
 
 async def delivered(rigs: Sequence[MongoRig]) -> None:
@@ -66,27 +74,56 @@ async def running(folder: Path, replicas: ReplicaSet, credit: int) -> AsyncItera
     assert all("Traceback" not in rig.output() for rig in rigs)
 
 
+async def spend(crowd: Crowd, rigs: Sequence[MongoRig]) -> None:
+    """Stream until the credit is used up and all proxies say so, and the bills are there."""
+    began = time.monotonic()
+    await crowd.stream(COUNT)
+    took_s = time.monotonic() - began
+    await delivered(rigs)
+    assert [each.status for each in await crowd.stream(6)] == [402] * 6
+    report("mongo, one credit", streams=COUNT, credit=CREDIT, used=crowd.used, took_s=took_s)
+
+
 @pytest.mark.timeout(300)
 def test_proxies_on_one_mongodb_share_a_credit(tmp_path: Path, replicas: ReplicaSet) -> None:
-    client, credit = replicas.client(), COUNT * TOKENS // 2
+    client = replicas.client()
 
     async def story() -> None:
-        async with running(tmp_path, replicas, credit) as rigs:
+        async with running(tmp_path, replicas, CREDIT) as rigs:
             ports = [rig.port for rig in rigs]
             crowd = Crowd(ports, Load.key(0), tokens=TOKENS)
-            began = time.monotonic()
-            await crowd.stream(COUNT)
-            took_s = time.monotonic() - began
-            assert [each.status for each in await crowd.stream(6)] == [402] * 6
-            await delivered(rigs)
-            crowd.check(credit, billed(client))
-            over = billed(client) - credit
-            report("mongo, one credit", streams=COUNT, credit=credit, over=over, took_s=took_s)
-            set_credit(client, credit + over + 1000)
+            await spend(crowd, rigs)
+            crowd.check(CREDIT, billed(client))
+            assert published(client) == billed(client)
+            set_credit(client, billed(client) + 1000)
             topped_up = time.monotonic()
             for port in ports:
                 await answered(port, 200)
             assert time.monotonic() - topped_up < KNOWN_S
+
+    asyncio.run(story())
+
+
+@pytest.mark.skipif(not LONG, reason="the long form")
+@pytest.mark.timeout(300)
+def test_a_primary_that_dies_in_the_middle_cuts_nobody_who_has_credit(
+    tmp_path: Path, replicas: ReplicaSet
+) -> None:
+    client = replicas.client()
+
+    async def story() -> None:
+        async with running(tmp_path, replicas, CREDIT) as rigs:
+            crowd = Crowd([rig.port for rig in rigs], Load.key(0), tokens=TOKENS)
+            primary = await asyncio.to_thread(replicas.primary)
+            spending = asyncio.create_task(spend(crowd, rigs))
+            await until(lambda: crowd.used > CREDIT // 4, 20, "tokens")
+            primary.kill()
+            await spending
+            # While there is no primary each proxy goes by what it knows, so there is no bound.
+            for each in crowd.all:
+                assert not each.seen or each.seen >= CREDIT - ON_THE_WAY * COUNT
+            assert published(client) == billed(client) == crowd.used
+        primary.start()
 
     asyncio.run(story())
 
