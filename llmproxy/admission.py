@@ -7,6 +7,7 @@ Nothing is sent, and nothing is written down yet: what is wrong here is an answe
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
@@ -53,14 +54,14 @@ class Admission:
         self._clock = clock
         self.model: str | None = None
 
-    async def admit(self, account: Account) -> Admitted:
+    def admit(self, account: Account) -> Awaitable[Admitted]:
         """Read it, as far as it has to be known. Raises ProxyError, ClientGone."""
         sent = self._request.fields
         if b"content-encoding" in sent:
             raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
         if self._endpoint.body is Body.MULTIPART:
-            return await self._form(sent, account)
-        return await self._json(sent, account)
+            return self._form(sent, account)
+        return self._json(sent, account)
 
     async def _json(self, sent: Fields, account: Account) -> Admitted:
         if headers.media_type(sent) != b"application/json":

@@ -27,7 +27,7 @@ from llmproxy.budgets import Budgets, Hold
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
 from llmproxy.downstream import Downstream
-from llmproxy.endpoints import Dialect, Endpoint
+from llmproxy.endpoints import Endpoint
 from llmproxy.errors import (
     CLIENT_GONE,
     BackendTimeout,
@@ -38,7 +38,6 @@ from llmproxy.errors import (
 )
 from llmproxy.failover import may_be_repeated, went_well
 from llmproxy.forward import Admitted, Ending, Forward, Lease, Order, Timing
-from llmproxy.framing import Fields
 from llmproxy.limits import Limits
 from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter
@@ -178,7 +177,7 @@ class Exchange:
     # -- authenticate, admit ---------------------------------------------------------------
 
     async def _authenticate(self) -> Account:
-        key = key_sent(self._request, self._endpoint.dialect)
+        key = key_of(self._request.fields, self._endpoint.dialect)
         authenticator = self._services.authenticator
         known = authenticator.known(key)
         return known or await authenticator.authenticate(key, self._request.peer)
@@ -434,16 +433,6 @@ class Exchange:
             duration_ms=_ms(self._services.monotonic() - self._began),
             ttft_ms=None if self._first_token_s is None else _ms(self._first_token_s),
         )
-
-
-def key_sent(request: Request, dialect: Dialect) -> bytes:
-    """The key that a request carries. Raises InvalidKey."""
-    sent = request.fields
-    return key_of(_listed(sent, b"authorization"), _listed(sent, b"x-api-key"), dialect)
-
-
-def _listed(sent: Fields, name: bytes) -> tuple[bytes, ...]:
-    return (sent[name],) if name in sent else ()
 
 
 def _error_type(ending: Ending) -> str:

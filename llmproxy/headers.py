@@ -7,6 +7,7 @@ proxy added, and the body's framing and coding are therefore never copied.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from twisted.web.http_headers import Headers
@@ -67,4 +68,9 @@ def for_client(backend: Fields) -> list[tuple[bytes, bytes]]:
 
 def media_type(fields: Fields) -> bytes:
     """The media type without parameters, in lower case; empty if there is none."""
-    return fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    return _without_parameters(fields.get(b"content-type", b""))
+
+
+@lru_cache(64)  # nearly all have one of a few
+def _without_parameters(content_type: bytes) -> bytes:
+    return content_type.partition(b";")[0].strip().lower()

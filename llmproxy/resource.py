@@ -19,6 +19,7 @@ from twisted.web.resource import IResource, Resource
 from twisted.web.server import NOT_DONE_YET
 
 from llmproxy import usage_report
+from llmproxy.auth import key_of
 from llmproxy.config import Backend
 from llmproxy.dialects import error_answer
 from llmproxy.downstream import Downstream
@@ -31,7 +32,7 @@ from llmproxy.errors import (
     StorageError,
     Unavailable,
 )
-from llmproxy.exchange import Exchange, Services, key_sent
+from llmproxy.exchange import Exchange, Services
 from llmproxy.model import Account, utcnow
 from llmproxy.site import Request
 from llmproxy.storage import IUsage
@@ -128,7 +129,7 @@ class KeyedResource(PathResource):
     async def _answer(self, request: Request) -> None:
         down = Downstream(request, self._services.clock, self._services.config.timeout_read)
         try:
-            key = key_sent(request, Dialect.ANTHROPIC)
+            key = key_of(request.fields, Dialect.ANTHROPIC)
             account = await self._services.authenticator.authenticate(key, request.peer)
             body = await self.body(request, account)
         except ProxyError as error:

@@ -115,17 +115,12 @@ def _fields(usage: object) -> Mapping[str, Any]:
 
 
 def _optional(fields: Mapping[str, Any], name: str) -> int | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    if type(value) is not int or not 0 <= value <= MAX_COUNT:
-        raise Absurd(name)
-    return value
+    return None if fields.get(name) is None else _required(fields, name)
 
 
 def _required(fields: Mapping[str, Any], name: str) -> int:
-    value = _optional(fields, name)
-    if value is None:
+    value = fields.get(name)
+    if type(value) is not int or not 0 <= value <= MAX_COUNT:
         raise Absurd(name)
     return value
 

@@ -20,6 +20,7 @@ from llmproxy import auth
 from llmproxy.auth import LOOKUP_TIMEOUT_S, Authenticator, key_of
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import InvalidKey, StorageError, Unavailable
+from llmproxy.framing import Fields, combined
 from llmproxy.model import Account
 from llmproxy.storage import IAccounts
 
@@ -524,11 +525,21 @@ ODD = [
 ]
 
 
+def sent(authorization: list[bytes], x_api_key: list[bytes]) -> Fields:
+    """As `framing.combined` has them, but for the space around one."""
+    named = ((b"authorization", authorization), (b"x-api-key", x_api_key))
+    return {
+        name: values[0] if len(values) == 1 else combined((name, each) for each in values)[name]
+        for name, values in named
+        if values
+    }
+
+
 @pytest.mark.parametrize("authorization", ODD, ids=lambda value: repr(value)[:40])
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_an_odd_authorization_is_no_key(authorization: list[bytes], dialect: Dialect) -> None:
     with pytest.raises(InvalidKey) as refused:
-        key_of(authorization, [], dialect)
+        key_of(sent(authorization, []), dialect)
     assert refused.value.status == 401
     assert refused.value.headers == {"WWW-Authenticate": "Bearer"}
     assert "token" not in str(refused.value)
@@ -537,19 +548,19 @@ def test_an_odd_authorization_is_no_key(authorization: list[bytes], dialect: Dia
 @pytest.mark.parametrize("scheme", [b"Bearer", b"bearer", b"BEARER", b"bEaReR"])
 @pytest.mark.parametrize("dialect", list(Dialect))
 def test_the_scheme_s_name_has_no_case(scheme: bytes, dialect: Dialect) -> None:
-    assert key_of([scheme + b" token2"], [], dialect) == b"token2"
+    assert key_of(sent([scheme + b" token2"], []), dialect) == b"token2"
 
 
 def test_a_key_may_have_every_visible_character_and_512_of_them() -> None:
     visible = bytes(range(33, 127))
-    assert key_of([b"Bearer " + visible], [], Dialect.OPENAI) == visible
-    assert key_of([b"Bearer " + b"x" * 512], [], Dialect.OPENAI) == b"x" * 512
+    assert key_of(sent([b"Bearer " + visible], []), Dialect.OPENAI) == visible
+    assert key_of(sent([b"Bearer " + b"x" * 512], []), Dialect.OPENAI) == b"x" * 512
 
 
 def test_x_api_key_is_a_key_in_anthropic_s_dialect_only() -> None:
-    assert key_of([], [b"token2"], Dialect.ANTHROPIC) == b"token2"
+    assert key_of(sent([], [b"token2"]), Dialect.ANTHROPIC) == b"token2"
     with pytest.raises(InvalidKey):
-        key_of([], [b"token2"], Dialect.OPENAI)
+        key_of(sent([], [b"token2"]), Dialect.OPENAI)
 
 
 @pytest.mark.parametrize(
@@ -557,11 +568,11 @@ def test_x_api_key_is_a_key_in_anthropic_s_dialect_only() -> None:
 )
 def test_an_odd_x_api_key_is_no_key(x_api_key: list[bytes]) -> None:
     with pytest.raises(InvalidKey):
-        key_of([], x_api_key, Dialect.ANTHROPIC)
+        key_of(sent([], x_api_key), Dialect.ANTHROPIC)
 
 
 @pytest.mark.parametrize("other", [b"token2", b"token3", b""])
 def test_an_authorization_goes_before_x_api_key(other: bytes) -> None:
-    assert key_of([b"Bearer token2"], [other], Dialect.ANTHROPIC) == b"token2"
+    assert key_of(sent([b"Bearer token2"], [other]), Dialect.ANTHROPIC) == b"token2"
     with pytest.raises(InvalidKey):
-        key_of([b"Basic x"], [b"token2"], Dialect.ANTHROPIC)
+        key_of(sent([b"Basic x"], [b"token2"]), Dialect.ANTHROPIC)

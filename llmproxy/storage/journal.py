@@ -17,6 +17,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from twisted.enterprise import adbapi
@@ -70,6 +71,7 @@ BACKLOG = """SELECT count(*), min(finished) FROM (SELECT finished FROM ledger
 Counter = dict[State, int]
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Operation:
     """One thing to do inside a commit; it is done again when the commit's fate is unknown.
 
@@ -78,13 +80,10 @@ class Operation:
     `statement`: by which many of its kind are written at once; None for those that stand alone.
     """
 
-    __slots__ = ("abandoned", "done", "error")
+    done: Deferred[None] = field(default_factory=Deferred, init=False)
+    error: Exception | None = field(default=None, init=False)
+    abandoned: bool = field(default=False, init=False)
     statement: ClassVar[rows.Statement | None] = None
-
-    def __init__(self) -> None:
-        self.done: Deferred[None] = Deferred()
-        self.error: Exception | None = None
-        self.abandoned = False
 
     def write(self, connection: sqlite3.Connection) -> None:
         """What there is to do."""
@@ -120,17 +119,14 @@ def _is_trouble(error: Exception) -> bool:
     return isinstance(error, passing) or type(error) is sqlite3.DatabaseError
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Call(Operation):
     """A function, which stands alone."""
 
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[[sqlite3.Connection], None]) -> None:
-        super().__init__()
-        self._function = function
+    function: Callable[[sqlite3.Connection], None]
 
     def write(self, connection: sqlite3.Connection) -> None:
-        self._function(connection)
+        self.function(connection)
 
 
 class Apart(Call):
@@ -140,30 +136,24 @@ class Apart(Call):
     __slots__ = ()
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class RowOperation(Operation):
     """One that writes `row`, together with others of its kind if there are any."""
 
-    __slots__ = ("row",)
+    row: rows.Row
     statement: ClassVar[rows.Statement]
-
-    def __init__(self, row: rows.Row) -> None:
-        super().__init__()
-        self.row = row
 
     def write(self, connection: sqlite3.Connection) -> None:
         self.statement.write(connection, [self.row])
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Opening(RowOperation):
     """The opening of a row; given up when it takes too long."""
 
-    __slots__ = ("deadline", "tried")
+    deadline: float
+    tried: bool = field(default=False, init=False)
     statement = rows.OPEN
-
-    def __init__(self, row: rows.Row, deadline: float) -> None:
-        super().__init__(row)
-        self.deadline = deadline
-        self.tried = False
 
     def give_up(self) -> None:
         """Nobody waits any more; if the row is there, or may be, it must be closed."""

@@ -70,7 +70,7 @@ def lines_run(key: bytes, authenticator: Authenticator) -> list[tuple[str, int]]
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        sent = key_of([b"Bearer " + key], [], Dialect.OPENAI)
+        sent = key_of({b"authorization": b"Bearer " + key}, Dialect.OPENAI)
         if authenticator.known(sent) is None:
             asked = Deferred.fromCoroutine(authenticator.authenticate(sent))
             asked.addErrback(refused.append)
