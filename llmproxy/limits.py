@@ -93,8 +93,8 @@ class _Lot:
     def is_loose(self, now: float) -> bool:
         """There is something in it that others should know of, or have."""
         has = self.slice
-        is_stale = has != NOTHING and now - self.taken_at >= SLICE_S
-        return is_stale or has.places > self.spare or has.tokens < 0
+        is_idle = has != NOTHING and now - self.touched_at >= SLICE_S
+        return is_idle or has.places > self.spare or has.tokens < 0
 
 
 #: What a request needs at its beginning.
@@ -243,7 +243,7 @@ class Limits(Service):
     def _get(self, lot: _Lot, wanted: Slice) -> Deferred[None] | None:
         now = self._clock.seconds()
         lot.touched_at = now
-        is_good = 0 <= now - lot.taken_at < SLICE_S and not lot.is_asking
+        is_good = 0 <= now - lot.taken_at < SLICE_S
         if (is_good and lot.covers(wanted)) or not _is_limited(lot.limits, wanted):
             lot.give(wanted)
             return None

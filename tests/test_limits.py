@@ -354,6 +354,32 @@ def test_far_from_the_limit_the_store_is_asked_once_a_second() -> None:
     assert house.slow.asked <= 3
 
 
+def test_a_busy_key_asks_once_a_second() -> None:
+    house = House(requests_per_minute=60_000, concurrent_requests=60_000)
+    door = house.doors[0]
+    for _ in range(400):
+        assert door.enters()
+        house.clock.advance(0.01)
+        door.limits.leave(ALICE)
+    assert house.slow.asked <= 4 + 1
+
+
+def test_a_slice_does_not_keep() -> None:
+    house = House(requests_per_minute=1600)
+    door = house.doors[0]
+    door.limits._ticks.stop()  # as if there had been no time
+    assert door.enters()
+    house.clock.advance(SLICE_S)
+    assert door.enters()
+    assert house.slow.asked == 2
+
+
+def test_a_limit_that_is_raised_lets_in_at_once_who_was_refused() -> None:
+    door = Door(concurrent_requests=1)
+    assert [door.enters(), door.enters()] == [True, False]
+    assert door.enters(Account("alice", limits=OwnLimits(concurrent_requests=2)))
+
+
 def test_a_flood_that_is_refused_is_none_for_the_store() -> None:
     house = House(requests_per_minute=1, tokens_per_minute=10)
     door = house.doors[0]
@@ -433,6 +459,7 @@ def test_a_store_that_fails_is_asked_once_a_second() -> None:
     assert failing.call_count == 1
     house.clock.advance(PAUSE_S)
     door.enters(Account("one more"))
+    door.enters(Account("and another one"))
     assert failing.call_count == 2
 
 

@@ -67,8 +67,9 @@ def test_what_is_kept_goes_back_and_none_is_taken_where_nothing_more_is_wanted()
 
 def test_a_bucket_that_has_filled_meanwhile_takes_nothing_back() -> None:
     share, first = taken(Share(), RATES, Slice(requests=30))
-    share, _ = taken(share, RATES, kept=first, more=False, now=NOW + 60)
-    assert left(share.requests_full_at, NOW + 60, 600) == 600
+    share, second = taken(share, RATES, Slice(requests=50), kept=first, now=NOW + 60)
+    assert second.requests == 50
+    assert left(share.requests_full_at, NOW + 60, 600) == 550
 
 
 def test_a_debt_is_owed_and_at_most_for_an_hour() -> None:
@@ -107,6 +108,8 @@ def test_where_there_is_plenty_some_places_are_spare() -> None:
     many = KeyLimits(concurrent_requests=320)
     share, mine = taken(Share(), many, Slice(places=1))
     assert (mine.places, share.claims["me"].slots) == (20, 20)
+    share, none = taken(share, many, running=1, more=False)
+    assert (none.places, share.claims["me"].slots) == (0, 1)
 
 
 def test_a_limit_that_was_lowered_takes_nothing_from_who_is_served() -> None:
