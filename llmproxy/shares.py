@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llmproxy.buckets import MINUTE_S, MOST_DEBT_S, ROUNDING_S
+from llmproxy.buckets import MINUTE_S, ROUNDING_S
 from llmproxy.config import KeyLimits
 from llmproxy.model import Claim, Share
 
+#: How long a bucket may be in debt: what a backend says that it has used can be absurd.
+MOST_DEBT_S = 3600.0
 #: What is taken of what is left, beyond what is wanted: one part of so many.
 PART = 16
 #: How long a claim counts that is not renewed: so long the requests of a dead process do.

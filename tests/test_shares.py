@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmproxy.buckets import MOST_DEBT_S
 from llmproxy.config import KeyLimits
 from llmproxy.model import Claim, Share
-from llmproxy.shares import CLAIM_S, NOTHING, PART, Slice, left, take, wait_s
+from llmproxy.shares import CLAIM_S, MOST_DEBT_S, NOTHING, PART, Slice, left, take, wait_s
 
 NOW = 1_800_000_000.0
 
