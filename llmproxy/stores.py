@@ -138,6 +138,7 @@ class Stores:
             self.spending, journal_id(self._path), self._mongo.spending.exchange, self._reactor
         )
         self._shared_spending.startService()
+        self.shares = self._mongo.shares
         if not self._delivers:
             return
         self.delivery = Delivery(
