@@ -442,7 +442,7 @@ class Channel(Protocol):
         request = self.request
         self._closing = True
         if request is None or not request.started:
-            self.send(refusal_answer(error))
+            self.send(self.site.malformed(error, request))
         self._wait(DISCARD_S, self.abort)
         self.request = None
         if request is not None:
@@ -524,7 +524,7 @@ class Refused(Protocol):
             return
         refused.add(self)
         self._timer = self._site.clock.callLater(REFUSED_S, self.abort)
-        wire.write(refusal_answer(self._error))
+        wire.write(refusal_answer(self._error, new_request_id()))
         wire.loseWriteConnection()
 
     def abort(self) -> None:
@@ -543,7 +543,7 @@ class Refused(Protocol):
             timer.cancel()
 
 
-def refusal_answer(error: ProxyError) -> bytes:
+def refusal_answer(error: ProxyError, rid: str) -> bytes:
     """The answer to what is no request, in the most common dialect."""
     reason = HTTPStatus(error.status).phrase.encode()
     more = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items()).encode()
@@ -551,7 +551,7 @@ def refusal_answer(error: ProxyError) -> bytes:
     return (
         b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nX-Request-Id: %b\r\n%b"
         b"Connection: close\r\nContent-Length: %d\r\n\r\n%b"
-        % (error.status, reason, new_request_id().encode(), more, len(body), body)
+        % (error.status, reason, rid.encode(), more, len(body), body)
     )
 
 

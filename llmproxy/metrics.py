@@ -577,6 +577,10 @@ class Metrics:
         found.value += 1
         self._request_duration.observe(seconds)
 
+    def malformed(self, status: int) -> None:
+        """What came was no request."""
+        self._requests.cell(OTHER, OTHER, _status_label(status)).value += 1
+
     def limited(self, limit: str) -> None:
         """A request was refused because it went over one of `LIMITS`."""
         self._limited[limit].value += 1

@@ -22,7 +22,7 @@ from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
 
 from llmproxy import __version__, dialects, logs
-from llmproxy.channel import IDLE_TIMEOUT_S, Channel, Message, Refused
+from llmproxy.channel import IDLE_TIMEOUT_S, Channel, Message, Refused, refusal_answer
 from llmproxy.connections import Connections
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import CLIENT_GONE, ProxyError
@@ -412,6 +412,20 @@ class Site(server.Site):
         """A request came."""
         if self._metrics is not None:
             self._metrics.request_started()
+
+    def malformed(self, error: ProxyError, request: Request | None) -> bytes:
+        """Something came that is no request, or `request` is none after all; the answer to it."""
+        rid = new_request_id()
+        log.info(
+            "no request {rid}: status={status} code={code} {reason}",
+            rid=rid,
+            status=error.status,
+            code=error.code,
+            reason=error.message,
+        )
+        if self._metrics is not None and request is None:  # else it is counted when it ends
+            self._metrics.malformed(error.status)
+        return refusal_answer(error, rid)
 
     def ended(self, request: Request, seconds: float) -> None:
         """It was answered, or its client left."""

@@ -16,7 +16,7 @@ from twisted.web.http import HTTPChannel
 from twisted.web.http_headers import Headers
 
 from llmproxy import framing
-from llmproxy.channel import IDLE_TIMEOUT_S, LINGER_S, Message, refusal_answer
+from llmproxy.channel import IDLE_TIMEOUT_S, LINGER_S, Message
 from llmproxy.errors import BadRequest, ProxyError
 from llmproxy.upload import Upload
 
@@ -228,5 +228,5 @@ class TwistedChannel(HTTPChannel):
 
     def refuse(self, error: ProxyError) -> None:
         """Answer what is no request, and close."""
-        self.send(refusal_answer(error))
+        self.send(self.site.malformed(error, None))
         self.close()

@@ -353,8 +353,17 @@ TOO_LARGE = {
 }
 
 
+def malformed(server: Server) -> dict[str, float]:
+    """How often what came was no request, by the status of the answer."""
+    exposition = server.metrics.exposition().decode()
+    found = re.findall(
+        r'requests_total\{method="other",path="other",status="(\d+)"\} ([\d.]+)', exposition
+    )
+    return {status: float(count) for status, count in found}
+
+
 @pytest.mark.parametrize("data", NO_REQUEST.values(), ids=NO_REQUEST)
-def test_what_is_no_request_is_told_so_and_never_served(server, data):
+def test_what_is_no_request_is_told_so_and_never_served(server, data, logged):
     server.send(data + request_bytes(b"/next"))
     server.clock.advance(0)
     assert server.requests == []
@@ -364,7 +373,10 @@ def test_what_is_no_request_is_told_so_and_never_served(server, data):
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert answer.fields["connection"] == "close"
     assert uuid.UUID(answer.fields["x-request-id"]).version == 7
-    assert (server.active(), server.counted()) == (0, 0)
+    [line] = logged
+    assert line.startswith(f"no request {answer.fields['x-request-id']}: status=400 code=invalid")
+    assert (server.active(), server.counted()) == (0, 1)
+    assert malformed(server) == {"400": 1}
     assert server.clock.getDelayedCalls() == []
 
 
@@ -378,6 +390,7 @@ def test_a_header_that_is_too_large_is_told_so_and_never_served(server, data, st
     assert not server.wire.connected
     first, answer = answers(server.sent)
     assert (first.status, answer.status) == (200, status)
+    assert malformed(server) == {f"{status}": 1}
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert answer.fields["connection"] == "close"
     assert server.clock.getDelayedCalls() == []
