@@ -256,16 +256,16 @@ class Forward:
 
     # -- reading ---------------------------------------------------------------------------
 
-    async def _answered(self, response: Response) -> Ending:
+    def _answered(self, response: Response) -> Awaitable[Ending]:
         self._sent = True
         self._status = response.code
         if response.code != 200:
-            return await self._refused(response)
+            return self._refused(response)
         kind = headers.media_type(response.fields)
         if kind == b"text/event-stream" and self._order.meter is not None:
-            return await self._stream(response, self._order.meter)
+            return self._stream(response, self._order.meter)
         if kind == b"application/json" or kind.endswith(b"+json"):
-            return await self._whole(response)
+            return self._whole(response)
         drop(response)
         raise BackendError("The model's server failed to answer.")
 

@@ -180,7 +180,7 @@ class Request:
         if not self._over:
             head = self._head(status, fields, len(body))
             self._channel.send(head if self._headless else head + body)
-            self.end()
+            self._ended()
 
     def _head(
         self, status: int, fields: Iterable[tuple[bytes, bytes]], length: int | None
@@ -212,6 +212,10 @@ class Request:
             self._channel.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last))
         else:
             self._channel.send(b"0\r\n\r\n")
+        self._ended()
+
+    def _ended(self) -> None:
+        """All is sent; the connection is free once the request's body has come, too."""
         if self.upload.whole:
             self._finish()
             return

@@ -34,7 +34,7 @@ class Timeouts:
         queue = self._queues.get(delay)
         if queue is None:
             queue = self._queues[delay] = _Queue(self._clock, delay, self._queues)
-        timeout = Timeout(queue, callable, args, kw)
+        timeout = Timeout(queue, self.seconds() + delay, callable, args, kw)
         queue.start(timeout)
         return timeout
 
@@ -58,11 +58,12 @@ class Timeout:
     def __init__(
         self,
         queue: _Queue,
+        due: float,
         call: Callable[..., Any],
         args: tuple[object, ...],
         kw: dict[str, object],
     ) -> None:
-        self.due = 0.0
+        self.due = due
         self._queue = queue
         self._call, self._args, self._kw = call, args, kw
         self._cancelled = False
@@ -108,8 +109,7 @@ class _Queue:
         self._alarm: IDelayedCall | None = None
 
     def start(self, timeout: Timeout) -> None:
-        """From now on."""
-        timeout.due = self._clock.seconds() + self.length
+        """It is the last one due of those that wait."""
         self.waiting[timeout] = None
         if self._alarm is None:
             self._alarm = self._clock.callLater(self.length, self._ring)
