@@ -25,7 +25,13 @@ from zope.interface.verify import verifyObject
 from llmproxy.errors import StorageError
 from llmproxy.model import MAX_COUNT, Amount, Claim, Counts, Kind, Share, Spending
 from llmproxy.storage import IShares, ISpending
-from llmproxy.storage.mongo_limits import ROLE, KeyDocuments, MongoShares, MongoSpending
+from llmproxy.storage.mongo_limits import (
+    LONGEST_PAUSE_S,
+    ROLE,
+    KeyDocuments,
+    MongoShares,
+    MongoSpending,
+)
 from llmproxy.storage.mongo_pool import MongoPool
 from llmproxy.storage.mongo_uri import parse
 from llmproxy.storage.shared_spending import LAST_ROUND_S, ROUND_S, SharedSpending
@@ -535,27 +541,43 @@ async def test_shares_and_what_was_spent_leave_each_other_alone(server: Mongod) 
     assert (share.requests_full_at, total.ever.tokens) == (2, 21)
 
 
-class Contested:
-    """Connections to a document that is another one each time."""
+class Slow:
+    """Connections that take some time for each command; `contested`: they lead to a document that
+    is another one each time."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, takes_s: float, *, contested: bool) -> None:
         self.asked = 0
-        self._clock = clock
+        self._clock, self._takes_s, self._contested = clock, takes_s, contested
 
-    async def ask(self, *_: Any, **__: Any) -> Document:
+    async def ask(self, _: str, command: Document, **__: Any) -> Document:
         self.asked += 1
-        self._clock.advance(0.3)
-        share = {"requests_full_at": 0, "tokens_full_at": 0, "claims": []}
-        return {"ok": 1, "value": {"version": self.asked, "share": share}}
+        self._clock.advance(self._takes_s)
+        values = command["update"][0]["$set"]
+        version = self.asked if self._contested else values["version"]["$cond"][1]
+        share = values["share"]["$cond"][1]["$literal"]
+        return {"ok": 1, "value": {"version": version, "share": share}}
 
 
 def test_who_never_gets_a_turn_is_told_so_after_a_second() -> None:
     clock = Clock()
-    contested: Any = Contested(clock)
+    contested: Any = Slow(clock, 0.3, contested=True)
     shared = MongoShares(KeyDocuments(contested, clock))
     failure = failure_of(shared.change("key-1", one_more), StorageError)
     assert "too many change the share" in str(failure)
     assert contested.asked == 4
+
+
+def test_who_was_first_gives_others_some_time_to_be_so() -> None:
+    clock = Clock()
+    for takes_s, longest_s in ((0.02, 0.04), (0.9, LONGEST_PAUSE_S)):
+        slow: Any = Slow(clock, takes_s, contested=False)
+        shared = MongoShares(KeyDocuments(slow, clock))
+        result_of(shared.change("key-1", one_more))
+        next_one = shared.change("key-1", one_more)
+        paused_s = clock.getDelayedCalls()[0].getTime() - clock.seconds()
+        assert 0 < paused_s <= longest_s
+        clock.advance(paused_s)
+        assert result_of(next_one).requests_full_at == 2
 
 
 UNREADABLE: list[Document] = [

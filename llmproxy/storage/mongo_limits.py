@@ -8,6 +8,7 @@ common; who changes it says which version was seen, and begins again where anoth
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from bson import Int64
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from zope.interface import implementer
 
 from llmproxy.errors import StorageError
@@ -35,6 +37,8 @@ SILENCE = timedelta(seconds=60)
 TRIES = 5
 #: Of how many keys it is remembered what was there last.
 MOST_KEYS = 10_000
+#: How long a process leaves a share to others after a change of its own, at most.
+LONGEST_PAUSE_S = 0.1
 
 _UNAUTHORIZED = 13
 _DUPLICATE_KEY = 11000
@@ -43,23 +47,15 @@ _DUPLICATE_KEY = 11000
 class KeyDocuments:
     """The documents of `llmproxy.limits`."""
 
-    def __init__(self, pool: MongoPool, reactor: IReactorTime) -> None:
+    def __init__(self, pool: MongoPool, clock: IReactorTime) -> None:
         self._pool = pool
-        self._reactor = reactor
-
-    def deadline(self) -> float:
-        """When what begins now has to be done."""
-        return self._reactor.seconds() + TIMEOUT_S
-
-    def left_s(self, deadline: float) -> float:
-        """How much time is left until then."""
-        return max(deadline - self._reactor.seconds(), 0.0)
+        self.clock = clock
 
     async def update(self, key_id: str, values: Mapping[str, Any], deadline: float) -> Document:
         """Set fields of a key's document, which is made if it is missing, to these expressions.
 
-        Returns the whole document. The update may be carried out twice, and if this fails, it is
-        not known whether it was. Raises StorageError.
+        Returns the whole document. The update may be carried out twice. Raises StorageError, by
+        `deadline` (of `clock`) at the latest; then it is not known whether it was carried out.
         """
         database, collection = LIMITS
         command: Document = {
@@ -73,7 +69,7 @@ class KeyDocuments:
             "writeConcern": {"w": 1},
         }
         for _ in range(TRIES):
-            left_s = max(self.left_s(deadline), 0.001)
+            left_s = max(deadline - self.clock.seconds(), 0.001)
             command["maxTimeMS"] = int(left_s * 1000)
             reply = await self._pool.ask(database, command, timeout_s=left_s)
             if reply.get("code") != _DUPLICATE_KEY:
@@ -123,7 +119,8 @@ class MongoSpending:
             ]
         }
         values = {field: {"$cond": [replaces, published, f"${field}"]}}
-        document = await self._documents.update(key_id, values, self._documents.deadline())
+        deadline = self._documents.clock.seconds() + TIMEOUT_S
+        document = await self._documents.update(key_id, values, deadline)
         try:
             return _sum(document["spent"], journal, mine)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -174,10 +171,12 @@ def _add(pairs: Iterable[Iterable[int]]) -> Amount:
 
 
 class _Seen(NamedTuple):
-    """A key's share as it was, and its version; 0: there was none."""
+    """A key's share as it was, and its version; 0: there was none. `pause_until`: when its next
+    change may begin."""
 
     version: int = 0
     share: Share = Share()
+    pause_until: float = 0.0
 
 
 @implementer(IShares)
@@ -198,18 +197,27 @@ class MongoShares:
         return Deferred.fromCoroutine(self._change(key_id, change))
 
     async def _change(self, key_id: str, change: Callable[[Share], Share]) -> Share:
-        deadline = self._documents.deadline()
-        seen = self._seen.get(key_id, _Seen())
-        while self._documents.left_s(deadline):
+        clock = self._documents.clock
+        deadline = clock.seconds() + TIMEOUT_S
+        await self._pause(key_id)
+        began, seen = clock.seconds(), self._seen.get(key_id, _Seen())
+        while clock.seconds() < deadline:
             # Not counted: where a primary's last writes were lost, or a document was removed, two
             # different shares would have the same number.
             new = _Seen(secrets.randbits(62) + 1, change(seen.share))
             found = await self._swap(key_id, seen.version, new, deadline)
-            self._remember(key_id, found)
+            # Who was first has the newest version first, and would be first for ever.
+            pause_s = min(random.uniform(0, 2) * (clock.seconds() - began), LONGEST_PAUSE_S)
+            self._remember(key_id, found._replace(pause_until=clock.seconds() + pause_s))
             if found.version == new.version:  # also if it was carried out twice
                 return new.share
             seen = found
         raise StorageError(f"{'.'.join(LIMITS)}: too many change the share of one key at once")
+
+    async def _pause(self, key_id: str) -> None:
+        seen, now = self._seen.get(key_id), self._documents.clock.seconds()
+        if seen is not None and seen.pause_until > now:
+            await deferLater(self._documents.clock, seen.pause_until - now)
 
     async def _swap(self, key_id: str, version: int, new: _Seen, deadline: float) -> _Seen:
         """Put the new one in the place of that version; what is there then, in either case."""
