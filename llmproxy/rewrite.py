@@ -22,6 +22,7 @@ from llmproxy.jsonbytes import (
     duplicate,
     has_duplicates,
     members,
+    members_of,
     parse_object,
     replace,
     too_many_members,
@@ -36,6 +37,8 @@ MAX_VALUE = 4096
 # Fields that decide on routing and metering. Servers written in Go (Ollama) take `Model` for
 # `model`: with the wrong case these are refused, or the bill would be for another model.
 _OURS = policy.NAMES | {"model", "stream", "stream_options", "background", "store"}
+# Those of them that a backend may get with another value.
+_REPLACED = ("model", "stream_options", "store")
 # Those of them whose values count, and not only whether they are true.
 _WHOLE = ("model", "stream_options")
 _OPTIONS = frozenset(["include_usage", "continuous_usage_stats"])
@@ -52,7 +55,7 @@ class JSONRequest(NamedTuple):
     `body`: its members.
     `show_usage`, `show_continuous`: the client asked for the usage chunk, for running counts.
     `several`: it may ask for several answers, whose running counts are not those of the whole.
-    `members`: where its members are, if one that could have to be replaced is among them.
+    `members`: where those are that could have to be replaced, if there are others than its model.
     """
 
     raw: bytes
@@ -82,7 +85,7 @@ def plan(endpoint: Endpoint, raw: bytes, outline: Outline | None = None) -> JSON
             body = parse_object(raw)
             _refuse_ambiguous(raw, body, _OURS, "")
             if "stream_options" in body or "store" in body:
-                found = members(raw)
+                found = members_of(raw, [key for key in _REPLACED if key in body])
     except InvalidJSON as error:
         raise refusal(error) from None
     stream = _stream(endpoint, body)
@@ -139,9 +142,10 @@ def body_for(
         changes["store"] = b"false"
     if model is not None and model != request.model:
         changes["model"] = orjson.dumps(model)
-    elif not request.members:
-        return append(request.raw, changes)
-    return replace(request.raw, changes, request.members or None)
+    raw, there = request.raw, {key: changes.pop(key) for key in [*changes] if key in request.body}
+    if there:
+        raw = replace(raw, there, request.members or members_of(raw, there))
+    return append(raw, changes)
 
 
 def _forced_options(request: JSONRequest, continuous: bool) -> bytes:

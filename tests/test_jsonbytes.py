@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmproxy.jsonbytes import (
@@ -19,6 +19,7 @@ from llmproxy.jsonbytes import (
     duplicate,
     has_duplicates,
     members,
+    members_of,
     parse_object,
     replace,
 )
@@ -108,6 +109,42 @@ def test_duplicates_are_seen_beside_what_is_deeper_than_orjson_writes(twice):
     with pytest.raises(TypeError):
         orjson.dumps(parse_object(raw))
     assert has_duplicates(raw, parse_object(raw)) == twice
+
+
+LOOK_ALIKES = st.sampled_from(
+    [
+        *("1", "2", "true", "[]", "{}", '"a"', '"b"', '"x\\"a"', '"\\\\"', '{"a":1}'),
+        *('{"b":"}"}', '{"b":"{"}', '{"c":{}}', '{"c":[1]}', '["a"]', '{"c":"\\""}', '"a:1,"'),
+    ]
+)
+
+
+@st.composite
+def look_alikes(draw: st.DrawFn) -> bytes:
+    """An object whose keys stand once, beside what looks like them."""
+    a = draw(st.sampled_from(['"a"', '"a"', '"\\u0061"']))
+    keys = draw(st.permutations([a, '"b"', '"\\u00e9"', '"x\\"a"', '"d"']))
+    space = draw(st.sampled_from(["", " ", "\n\t"]))
+    texts = [f"{key}{space}:{space}{draw(st.just('1') | LOOK_ALIKES)}{space}" for key in keys]
+    return ("{" + ",".join(texts) + "}").encode()
+
+
+@example(b'{"\\u0061":1,"x\\"a":2}', ["a"], 1)
+@example(b'{"d":1,"a":2}', ["a", "d"], 2)
+@given(look_alikes(), st.permutations(["a", "b", "d"]), st.integers(0, 3))
+def test_members_are_found_by_their_keys_beside_what_looks_like_them(raw, keys, count):
+    found = members_of(raw, keys[:count])
+    assert {member.key for member in found} >= set(keys[:count])
+    assert found == [member for member in members(raw) if member in found]
+    changes: dict[str, bytes | None] = dict.fromkeys(keys[:count], b"0")
+    assert replace(raw, changes, found) == replace(raw, changes)
+
+
+def test_a_member_is_found_without_a_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = b'{"x":"\\u00e9 \\"a\\"","a" : {"n": "o"},"b":[{"a2":1}]}'
+    (expected,) = [member for member in members(raw) if member.key == "a"]
+    monkeypatch.setattr("llmproxy.jsonbytes.members", None)
+    assert members_of(raw, ["a"]) == [expected]
 
 
 @given(OBJECTS, STYLES, st.lists(TEXT))
