@@ -1,8 +1,8 @@
 """What each key may use in all: budgets by day and month, and prepaid credit.
 
-    hold ---> a request is let in, and what it takes at most is held until its row is closed
-      \\--> InsufficientQuota: a budget is used up
-      \\--> TooManyRequests: all that is left is held for other requests in flight
+    at_once, hold ---> a request is let in, with what it takes at most held for it
+               \\--> InsufficientQuota: a budget is used up
+               \\--> TooManyRequests: all that is left is held for other requests in flight
     Hold.more ---> a stream's next lease, or InsufficientQuota
 
 What a key has used is read from the store, at most once a second while there is plenty, and for
@@ -12,9 +12,10 @@ While the store does not answer, what was read last counts.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import NamedTuple
 
 from twisted.internet.defer import Deferred
@@ -105,14 +106,14 @@ def remaining(budgets: Sequence[Budget], spending: Spending) -> dict[str, int]:
 
 
 class _Purse:
-    """What this process knows of one key. `given`: what was given away since the last reading
-    began; `early`: the part of it that was before the reading that runs now."""
+    """What this process knows of one key, which is news `until` then. `given`: what was given away
+    since the last reading began; `early`: the part of it that was before the one that runs now."""
 
-    __slots__ = ("early", "given", "known", "read_at", "running", "waiting")
+    __slots__ = ("early", "given", "known", "running", "until", "waiting")
 
     def __init__(self) -> None:
         self.known: Spending | None = None
-        self.read_at = 0.0
+        self.until = -math.inf
         self.given = self.early = Amount()
         self.running: dict[str, Counts] = {}
         #: Who waits for the next reading; None: none is under way.
@@ -192,16 +193,33 @@ class Budgets:
             return None
         return remaining(budgets, purse.known)
 
+    def at_once(
+        self, account: Account, budgets: tuple[Budget, ...], ask: Ask, price: Price | None
+    ) -> Hold | None:
+        """Let a request in where there is plenty; None: `hold` may, after a look."""
+        purse, amount = self._purse(account), _most(ask, price)
+        if not self._has_plenty(purse, budgets, amount, whole=not ask.streamed):
+            return None
+        return self._give(purse, account, budgets, ask, price, amount)
+
     async def hold(
         self, account: Account, budgets: tuple[Budget, ...], ask: Ask, price: Price | None
     ) -> Hold:
         """Let a request in. Raises InsufficientQuota, TooManyRequests."""
         purse = self._purse(account)
-        answer = min(ask.answer or LEASE, LEASE) if ask.streamed else ask.answer
-        amount = _amount({ask.kind: ask.prompt, Kind.COMPLETION: answer}, price)
-        if not self._has_plenty(purse, budgets, amount):
-            await self._read(account.key_id, purse)
+        await self._read(account.key_id, purse)
         self._check(purse, budgets, whole=not ask.streamed)
+        return self._give(purse, account, budgets, ask, price, _most(ask, price))
+
+    def _give(
+        self,
+        purse: _Purse,
+        account: Account,
+        budgets: tuple[Budget, ...],
+        ask: Ask,
+        price: Price | None,
+        amount: Amount,
+    ) -> Hold:
         purse.give(amount)
         lease = self._lease(purse, budgets, price) if ask.streamed else None
         return Hold(self, account, budgets, price, amount, lease)
@@ -217,27 +235,28 @@ class Budgets:
         """See `Hold.more`."""
         purse = self._purse(account)
         amount = _amount({Kind.COMPLETION: LEASE}, price)
-        if not self._has_plenty(purse, budgets, amount):
+        if not self._has_plenty(purse, budgets, amount, whole=False):
             await self._read(account.key_id, purse, rid, counts)
-        self._check(purse, budgets, whole=False)
+            self._check(purse, budgets, whole=False)
         purse.give(amount)
         return self._lease(purse, budgets, price)
 
     # -- what is left ----------------------------------------------------------------------
 
-    def _has_plenty(self, purse: _Purse, budgets: Sequence[Budget], amount: Amount) -> bool:
+    def _has_plenty(
+        self, purse: _Purse, budgets: Sequence[Budget], amount: Amount, *, whole: bool
+    ) -> bool:
         """Whether so much can be given away unread."""
-        known, today = purse.known, utcnow().date()
-        if known is None or known.today != today or self._age_s(purse) >= FRESH_S:
+        known = purse.known
+        if known is None or self._monotonic() >= purse.until:
             return False
         given = _sum(purse.given, amount)
-        return all(
-            budget.of(given) * UNREAD_PART <= budget.most - budget.used(known, today)
-            for budget in budgets
-        )
-
-    def _age_s(self, purse: _Purse) -> float:
-        return self._monotonic() - purse.read_at
+        for budget in budgets:
+            left = budget.most - budget.of(getattr(known, budget.period))
+            held = budget.of(known.held) if whole else 0
+            if left - held <= 0 or budget.of(given) * UNREAD_PART > left - held:
+                return False
+        return True
 
     def _check(self, purse: _Purse, budgets: Sequence[Budget], *, whole: bool) -> None:
         """Raises InsufficientQuota where a budget is used up; TooManyRequests where all that is
@@ -313,7 +332,8 @@ class Budgets:
         reading.addCallback(lambda _: self._end_reading(key_id, purse, turns))
 
     def _was_read(self, spending: Spending, purse: _Purse) -> None:
-        purse.known, purse.read_at = spending, self._monotonic()
+        purse.known, now = spending, utcnow()
+        purse.until = self._monotonic() + _fresh_s(spending, now)
         given, early = purse.given, purse.early
         purse.given = Amount(given.tokens - early.tokens, given.cost - early.cost)
         if self._failed_at is not None:
@@ -335,6 +355,20 @@ class Budgets:
             self._begin_reading(key_id, purse, waiting)
         for turn in turns:
             turn.callback(None)  # of those whose clients have left, too
+
+
+def _fresh_s(spending: Spending, now: datetime) -> float:
+    """How long a reading is good: no longer than its day."""
+    if spending.today != now.date():
+        return 0.0
+    tomorrow = datetime.combine(spending.today + timedelta(days=1), time.min, UTC)
+    return min((tomorrow - now).total_seconds(), FRESH_S)
+
+
+def _most(ask: Ask, price: Price | None) -> Amount:
+    """What a request can take at most, a stream with its first lease."""
+    answer = min(ask.answer or LEASE, LEASE) if ask.streamed else ask.answer
+    return _amount({ask.kind: ask.prompt, Kind.COMPLETION: answer}, price)
 
 
 def _amount(counts: Counts, price: Price | None) -> Amount:

@@ -250,9 +250,13 @@ class Exchange:
         budgets = services.budgets.of(entry.account)
         if not budgets:
             return entry
-        asked = services.budgets.hold(entry.account, budgets, admitted.ask(), entry.price)
-        self._credit = await self._while_there(Deferred.fromCoroutine(asked))
-        return entry._replace(held=self._credit.amount)
+        asks = entry.account, budgets, admitted.ask(), entry.price
+        credit = services.budgets.at_once(*asks)
+        if credit is None:
+            looking = Deferred.fromCoroutine(services.budgets.hold(*asks))
+            credit = await self._while_there(looking)
+        self._credit = credit
+        return entry._replace(held=credit.amount)
 
     def _lease(self, entry: Entry) -> Lease | None:
         """What may be passed on of an answer in a stream; None: all of it."""

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -76,6 +76,9 @@ class Bank:
 
     def asks(self, ask: Ask = WHOLE, account: Account = ALICE) -> Deferred[Hold]:
         budgets = self.budgets.of(account)
+        at_once = self.budgets.at_once(account, budgets, ask, PRICE)
+        if at_once is not None:
+            return succeed(at_once)
         return Deferred.fromCoroutine(self.budgets.hold(account, budgets, ask, PRICE))
 
     def lets_in(self, ask: Ask = WHOLE, account: Account = ALICE) -> Hold:
@@ -224,6 +227,22 @@ def test_while_there_is_plenty_the_store_is_asked_once_a_second(bank: Bank) -> N
     assert len(bank.store.asked) == 3
 
 
+def test_who_is_refused_stays_so_while_the_reading_is_new(bank: Bank) -> None:
+    free = Ask()  # as an upload, of which nothing is known before
+    for amounts, refusal in (((1000,), InsufficientQuota), ((0, 1000), TooManyRequests)):
+        bank.spend(amounts[0], held=sum(amounts[1:]))
+        for ask in (free, free, WHOLE, free):
+            with pytest.raises(refusal):
+                bank.lets_in(ask)
+
+
+def test_what_is_held_for_others_is_no_reason_to_ask_for_a_stream(bank: Bank) -> None:
+    bank.spend(0, held=990)
+    for _ in range(3):
+        bank.lets_in(Ask(1, 1, streamed=True))
+    assert len(bank.store.asked) == 1
+
+
 def test_near_the_end_each_request_asks(bank: Bank) -> None:
     bank.spend(900)
     for number in range(3):
@@ -232,11 +251,23 @@ def test_near_the_end_each_request_asks(bank: Bank) -> None:
 
 
 def test_a_new_day_is_read_at_once(bank: Bank) -> None:
+    bank.now = datetime(2026, 1, 31, 23, 59, 59, 600_000, UTC)
     bank.spend()
     bank.lets_in(Ask(1, 1))
-    bank.now = datetime(2026, 2, 1, tzinfo=UTC)
+    bank.clock.advance(0.3)
+    bank.lets_in(Ask(1, 1))
+    assert len(bank.store.asked) == 1
+    bank.clock.advance(0.1)
     bank.lets_in(Ask(1, 1))
     assert len(bank.store.asked) == 2
+
+
+def test_a_reading_of_another_day_is_good_for_one_request(bank: Bank) -> None:
+    bank.now = datetime(2026, 2, 1, tzinfo=UTC)
+    bank.spend()
+    for number in range(3):
+        bank.lets_in(Ask(1, 1))
+        assert len(bank.store.asked) == number + 1
 
 
 def test_keys_have_nothing_to_do_with_each_other(bank: Bank) -> None:
