@@ -27,6 +27,11 @@ KEPT = 256
 #: reading it takes 20 ms. A text of 64 KiB never has more.
 MAX_OUTLINE = 4 * 1024 * 1024
 MAX_VALUES = 50_000
+#: Up to the first of these sizes a text is short whatever it says, and up to the second if it has
+#: no more values than this, counted in the same way: shorter ones may have as many. Reading it
+#: takes 0.5 ms; its outline, 9 us for each KiB.
+ALWAYS_SHORT, MAX_SHORT = 64 * 1024, 256 * 1024
+FEW_VALUES = 16 * 1024
 #: The values are counted each time that the outline has grown by so many bytes.
 COUNT_EACH = 512 * 1024
 
@@ -56,6 +61,13 @@ _WHOLE = re.compile(
 )  # fmt: skip
 _HALF_CHARACTER = re.compile(rb"[\xc2-\xf4][\x80-\xbf]{0,2}\Z")
 _HALF_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{0,4}(?:\\(?:u[0-9a-fA-F]{0,3})?+)?+)?+\Z")
+
+
+def is_short(text: bytes) -> bool:
+    """Whether reading a text as a whole takes little time and memory, and needs no outline."""
+    if len(text) < ALWAYS_SHORT:
+        return True
+    return len(text) <= MAX_SHORT and _marks(text) <= FEW_VALUES
 
 
 class Outline:
@@ -229,4 +241,4 @@ def _has_too_many_values(text: bytes) -> bool:
 
 
 def _marks(text: bytes) -> int:
-    return text.count(b",") + text.count(b"[") + text.count(b"{")
+    return len(text) - len(text.translate(None, b",[{"))

@@ -84,7 +84,7 @@ class Upload:
         return body
 
     async def read(
-        self, limit: int, timeout_s: float, look: Callable[[bytes], None] = lambda block: None
+        self, limit: int, timeout_s: float, look: Callable[[bytes], None] | None = None
     ) -> bytes:
         """The whole body, up to `limit` bytes. Raises BodyTooLarge, RequestTimeout, ClientGone.
 
@@ -97,10 +97,10 @@ class Upload:
             body += chunk
             if len(body) > limit:
                 raise too_large(limit)
-            if len(body) - looked >= BLOCK:
+            if look is not None and len(body) - looked >= BLOCK:
                 look(bytes(memoryview(body)[looked:]))
                 looked = len(body)
-        if looked:
+        if look is not None and looked:
             look(bytes(memoryview(body)[looked:]))
         return bytes(body)
 

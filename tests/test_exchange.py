@@ -68,6 +68,31 @@ async def test_a_whole_answer_is_passed_on_and_billed(tmp_path: Path) -> None:
             assert proxy.bill() == {"chat/gpu/prompt": 3, "chat/gpu/completion": 2}
 
 
+@pytest.mark.parametrize(
+    ("content", "outlined"),
+    [("x" * 100_000, False), ("x" * 300_000, True), ([{"x": {}}] * 15_000, True)],
+    ids=["a long text", "a longer one", "many values"],
+)
+@pytest_twisted.ensureDeferred
+async def test_a_body_is_read_as_a_whole_where_that_takes_little(
+    tmp_path: Path, content: Any, outlined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Any] = []
+
+    def plan(endpoint: Any, raw: bytes, outline: Any = None) -> rewrite.JSONRequest:
+        plans.append(outline)
+        return read(endpoint, raw, outline)
+
+    read = rewrite.plan
+    monkeypatch.setattr(rewrite, "plan", plan)
+    body = orjson.dumps({"model": "chat", "messages": content})
+    async with ScriptedBackend([json_answer(200, COMPLETION)]) as backend:
+        async with proxy_for(tmp_path, backend) as proxy:
+            assert (await proxy.post(CHAT, body)).status == 200
+            assert backend.requests[0].body == body
+            assert [outline is not None for outline in plans] == [outlined]
+
+
 @pytest_twisted.ensureDeferred
 async def test_a_stream_is_passed_on_without_the_usage_that_was_not_asked_for(
     tmp_path: Path,

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from outlines import outlined
 
 from llmproxy.jsonbytes import InvalidJSON, Member, members, parse_object
-from llmproxy.outline import KEPT, MAX_OUTLINE, MAX_VALUES
+from llmproxy.outline import (
+    ALWAYS_SHORT,
+    FEW_VALUES,
+    KEPT,
+    MAX_OUTLINE,
+    MAX_SHORT,
+    MAX_VALUES,
+    is_short,
+)
 
 LONG = b"x" * 2 * KEPT
 #: More numbers than stay as they are.
@@ -225,3 +233,19 @@ def test_what_is_not_large_is_never_too_complex(unit):
 def test_commas_in_strings_are_no_values():
     raw = orjson.dumps({"a": ["," * 200] * 20_000})
     assert len(read(raw)[0]["a"]) == 20_000
+
+
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        (b"," * (ALWAYS_SHORT - 1), True),
+        (b"," * ALWAYS_SHORT, False),
+        (b",[{ ]}" * (FEW_VALUES // 3) + b" " * ALWAYS_SHORT, True),
+        (b",[{ ]}" * (FEW_VALUES // 3 + 1) + b" " * ALWAYS_SHORT, False),
+        (b" " * MAX_SHORT, True),
+        (b" " * (MAX_SHORT + 1), False),
+    ],
+    ids=["small", "commas", "few values", "more values", "long", "longer"],
+)
+def test_a_text_is_short_by_its_size_and_its_values(text, short):
+    assert is_short(text) == short
