@@ -242,10 +242,16 @@ def test_commas_in_strings_are_no_values():
         (b"," * ALWAYS_SHORT, False),
         (b",[{ ]}" * (FEW_VALUES // 3) + b" " * ALWAYS_SHORT, True),
         (b",[{ ]}" * (FEW_VALUES // 3 + 1) + b" " * ALWAYS_SHORT, False),
+        (b'{"a":"' + b',[{\\"' * FEW_VALUES + b'"}', True),
+        (b'{"a":"",' + b",[{" * 2 * FEW_VALUES + b"}", False),
+        (b'"",' * (FEW_VALUES + 1) + b'"' + b"," * ALWAYS_SHORT + b'"', False),
         (b" " * MAX_SHORT, True),
         (b" " * (MAX_SHORT + 1), False),
     ],
-    ids=["small", "commas", "few values", "more values", "long", "longer"],
+    ids=[
+        *("small", "commas", "few values", "more values"),
+        *("a text of code", "the same without quotes", "many texts", "long", "longer"),
+    ],
 )
 def test_a_text_is_short_by_its_size_and_its_values(text, short):
     assert is_short(text) == short
