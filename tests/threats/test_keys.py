@@ -328,7 +328,7 @@ class MongoPool:
         self.commands: list[Any] = []
         self._replies = replies or ({"ok": 1.0, "cursor": {"firstBatch": []}},)
 
-    def read(self, database: str, command: Any, *, timeout_s: float) -> Deferred[Any]:
+    def ask(self, database: str, command: Any, *, timeout_s: float) -> Deferred[Any]:
         self.commands.append(command)
         return succeed(self._replies[min(len(self.commands), len(self._replies)) - 1])
 
