@@ -34,6 +34,9 @@ from llmproxy.storage import IShares
 TRY_AGAIN_S = 1.0
 #: How long a slice is good. A bucket fills while a slice of it lies about.
 SLICE_S = 1.0
+#: What lay about for so long is not given back: the process was frozen, and the bucket has filled
+#: without it, perhaps for others.
+STALE_S = 5.0
 #: How long the store may take, and how long it is not asked after it failed.
 ANSWER_S, PAUSE_S = 1.0, 1.0
 #: How often is looked what can be given back, and how often a claim is renewed.
@@ -89,6 +92,16 @@ class _Lot:
     def add(self, more: Slice) -> None:
         """Put so much into it."""
         self.slice = Slice(*(a + b for a, b in zip(self.slice, more, strict=True)))
+
+    def touch(self, now: float) -> None:
+        """It is used now."""
+        self.drop_stale(now)
+        self.touched_at = now
+
+    def drop_stale(self, now: float) -> None:
+        """Keep nothing that has lain about for too long, but what is owed."""
+        if now - self.touched_at >= STALE_S:
+            self.slice = Slice(*(min(n, 0) for n in self.slice))
 
     def is_loose(self, now: float) -> bool:
         """There is something in it that others should know of, or have."""
@@ -188,6 +201,7 @@ class Limits(Service):
         """The request for which `held` was set aside has taken so many tokens."""
         lot = self._lot(account)
         if lot.limits.tokens_per_minute:
+            lot.touch(self._clock.seconds())
             lot.add(Slice(tokens=held - taken))
 
     def fields(self, account: Account) -> list[tuple[bytes, bytes]]:
@@ -242,7 +256,7 @@ class Limits(Service):
 
     def _get(self, lot: _Lot, wanted: Slice) -> Deferred[None] | None:
         now = self._clock.seconds()
-        lot.touched_at = now
+        lot.touch(now)
         is_good = 0 <= now - lot.taken_at < SLICE_S
         if (is_good and lot.covers(wanted)) or not _is_limited(lot.limits, wanted):
             lot.give(wanted)
@@ -372,6 +386,7 @@ class Limits(Service):
         for lot in list(self._lots.values()):
             if lot.is_asking:
                 continue
+            lot.drop_stale(now)
             is_claimed = self._me in lot.share.claims
             is_late = now - lot.taken_at >= (RENEW_S if lot.running else SLICE_S)
             if lot.is_loose(now) or (is_claimed and is_late):

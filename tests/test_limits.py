@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 
 from llmproxy.config import KeyLimits
 from llmproxy.errors import StorageError, TooManyRequests
-from llmproxy.limits import ANSWER_S, MOST_LOTS, PAUSE_S, SLICE_S, TICK_S, Limits
+from llmproxy.limits import ANSWER_S, MOST_LOTS, PAUSE_S, SLICE_S, STALE_S, TICK_S, Limits
 from llmproxy.model import BUDGETS, Account, OwnLimits, Share
 from llmproxy.shares import CLAIM_S
 from llmproxy.storage.memory import MemoryShares
@@ -372,6 +372,32 @@ def test_a_slice_does_not_keep() -> None:
     house.clock.advance(SLICE_S)
     assert door.enters()
     assert house.slow.asked == 2
+
+
+@pytest.mark.parametrize("wakes", ["enter", "tick", "correct"])
+def test_a_process_that_was_frozen_gives_nothing_back_that_others_have_had(wakes: str) -> None:
+    house = House(requests_per_minute=1600, tokens_per_minute=16_000)
+    one, other = house.doors
+    assert one.enters()  # and has some more
+    one.limits._ticks.stop()
+    house.pass_time(60)
+    assert sum(other.enters() for _ in range(1700)) == 1600
+    if wakes == "tick":
+        one.limits._tick()
+    elif wakes == "correct":
+        one.limits.correct(ALICE, 0, 0)
+    assert not one.enters()
+
+
+def test_what_a_long_request_did_not_take_is_given_back() -> None:
+    house = House(tokens_per_minute=1000)
+    one, other = house.doors
+    assert one.enters()
+    assert one.hold(ALICE, 600) == 600
+    house.pass_time(STALE_S + 1)
+    one.limits.correct(ALICE, 600, 0)
+    house.pass_time(SLICE_S + TICK_S)
+    assert other.hold(ALICE, 1000) == 1000
 
 
 def test_a_limit_that_is_raised_lets_in_at_once_who_was_refused() -> None:
