@@ -308,6 +308,7 @@ def _delete(arguments: argparse.Namespace, connection: sqlite3.Connection) -> No
         connection.execute("DELETE FROM api_key WHERE id = ?", (key_id,))
         _limit(connection, key_id, ())
         connection.execute("DELETE FROM key_limit WHERE api_key = ?", (key_id,))
+        connection.execute("DELETE FROM key_share WHERE api_key = ?", (key_id,))
     say(f"key {secret[:SHOWN_DIGITS]} deleted; its id on bills was {key_id}")
 
 
