@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from channels import only_ours
 from memory import Server, request_bytes
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
@@ -232,6 +233,7 @@ def answer(client: Server) -> bytes:
     return client.sent[before:]
 
 
+@only_ours
 def test_a_client_that_asks_again_is_answered_and_told_to_come_on_another_connection(
     client: Server,
 ) -> None:
@@ -250,6 +252,7 @@ def test_an_answer_that_has_not_begun_is_the_last_one(client: Server) -> None:
     assert b"\r\nConnection: close\r\n" in answer(client)
 
 
+@only_ours
 def test_after_an_answer_that_could_not_say_so_there_is_another_one(client: Server) -> None:
     client.send(request_bytes())
     client.requests[0].start(200, [])
@@ -263,6 +266,7 @@ def test_after_an_answer_that_could_not_say_so_there_is_another_one(client: Serv
     assert not client.wire.connected
 
 
+@only_ours
 def test_a_client_that_is_silent_is_let_go(client: Server) -> None:
     client.channel.part(5.0)
     client.clock.advance(4.9)
@@ -271,6 +275,7 @@ def test_a_client_that_is_silent_is_let_go(client: Server) -> None:
     assert not client.wire.connected
 
 
+@only_ours
 def test_a_header_that_is_coming_has_its_time(client: Server) -> None:
     request = request_bytes()
     client.send(request[:10])

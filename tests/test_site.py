@@ -5,7 +5,6 @@ Most of it on a transport without a socket, with a clock that the test moves; th
 
 from __future__ import annotations
 
-import os
 import re
 import uuid
 from pathlib import Path
@@ -15,6 +14,7 @@ import orjson
 import pytest
 import pytest_twisted
 from backend import DONE, ScriptedBackend, json_answer, sse_answer, sse_event
+from channels import only_ours
 from deferreds import failure_of, result_of, started
 from memory import Kept, Server, request_bytes
 from proxy import Answer, ProxyHandle, running_proxy
@@ -27,7 +27,7 @@ from llmproxy.channel import IDLE_TIMEOUT_S, LINGER_S, MAX_PIPELINED
 from llmproxy.downstream import Downstream
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import InvalidKey, NotFound, RequestTimeout
-from llmproxy.site import DISCARD_S, VARIABLE, Request
+from llmproxy.site import DISCARD_S, Request
 from llmproxy.upload import HIGH_WATER, ClientGone
 
 CHUNKED = b"Transfer-Encoding: chunked"
@@ -410,9 +410,6 @@ def test_every_refusal_of_what_is_no_request_has_an_id_of_its_own(server):
 
 # --- what our own channel does, and Twisted's does not -------------------------------------------
 
-only_ours = pytest.mark.skipif(
-    os.environ.get(VARIABLE) == "twisted", reason="Twisted's channel does not do this"
-)
 GET = b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n"
 
 

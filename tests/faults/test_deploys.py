@@ -21,6 +21,7 @@ from pathlib import Path
 import mongod
 import pytest
 from agreement import BackendLog, Verdict, compare
+from channels import only_ours
 from figures import LONG, report
 from load import Asked, Broken, Load, Plan, until
 from mongod import Mongod
@@ -203,6 +204,7 @@ def connects(port: int) -> bool:
 # -- a hand-over ---------------------------------------------------------------------------------
 
 
+@only_ours
 @pytest.mark.timeout(3600 if LONG else 90)
 @pytest.mark.parametrize("workers", BOTH)
 def test_no_client_notices_that_the_process_changes_and_every_answer_is_billed_once(
@@ -351,6 +353,7 @@ def server() -> Iterator[Mongod]:
         yield server
 
 
+@only_ours
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("workers", FEW)
 def test_two_that_deliver_from_one_journal_store_each_bill_once(
@@ -459,6 +462,7 @@ def systemd(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Systemd]
     played.close()
 
 
+@only_ours
 @pytest.mark.timeout(600 if LONG else 90)
 def test_restarts_on_a_socket_of_systemd_s_refuse_nobody(systemd: Systemd) -> None:
     restarts = 20 if LONG else 1

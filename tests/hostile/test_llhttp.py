@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httptools
+from channels import only_ours
 from reading import Reading, read
 from tally import LONG, Tally
 
@@ -93,6 +94,7 @@ def why_not(vector: Vector, size: int | None) -> str:
     return "" if reading.statuses == [200] * vector.whole else f"answered {reading.statuses}"
 
 
+@only_ours
 def test_we_refuse_all_that_is_wrong_and_understand_the_rest() -> None:
     verdicts = Tally("llhttp")
     for vector in vectors():
@@ -103,6 +105,7 @@ def test_we_refuse_all_that_is_wrong_and_understand_the_rest() -> None:
     verdicts.check(at_least=390)
 
 
+@only_ours
 def test_a_request_behind_a_refused_one_is_never_served() -> None:
     verdicts = Tally("llhttp, followed")
     for vector in vectors():

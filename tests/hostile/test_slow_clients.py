@@ -20,6 +20,7 @@ from typing import Any
 
 import orjson
 import pytest
+from channels import only_ours
 from load import Load
 from rig import Rig
 from tally import LONG, Tally
@@ -151,6 +152,7 @@ async def were_there(crowd: list[asyncio.Task[None]]) -> bool:
     return all(isinstance(each, expected) for each in ended)
 
 
+@only_ours
 def test_slow_clients_with_a_key_slow_nobody_else(tmp_path: Path) -> None:
     async def play() -> tuple[dict[str, bool], Good]:
         async with proxy(tmp_path) as port:
