@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+from twisted.internet.defer import DeferredLock
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
@@ -33,11 +34,14 @@ from llmproxy.upload import BLOCK
 if TYPE_CHECKING:
     from llmproxy.site import Request
 
+#: What was read of a body that is no longer takes little more than a connection does.
+LIGHT = 2048
+
 
 class Admission:
     """The way of one request's body. `model`: what it asks for, as soon as that is known."""
 
-    __slots__ = ("_backends", "_clock", "_config", "_endpoint", "_request", "model")
+    __slots__ = ("_backends", "_clock", "_config", "_endpoint", "_outlines", "_request", "model")
 
     def __init__(
         self,
@@ -46,12 +50,14 @@ class Admission:
         config: Config,
         backends: Backends,
         clock: IReactorTime,
+        outlines: DeferredLock,
     ) -> None:
         self._endpoint = endpoint
         self._request = request
         self._config = config
         self._backends = backends
         self._clock = clock
+        self._outlines = outlines
         self.model: str | None = None
 
     def admit(self, account: Account) -> Awaitable[Admitted]:
@@ -72,6 +78,9 @@ class Admission:
         self.model = request.model
         model = self._backends.find(request.model, account.models)
         policy.check(endpoint, request.body, model.backend)
+        same = affinity(request.body) if model.backend.policy == "prefix" else b""
+        if len(request.raw) > LIGHT:  # it may have to wait
+            request = rewrite.lightened(request)
         continuous = model.backend.usage == "continuous"
 
         def order(route: Route) -> Order:
@@ -98,7 +107,6 @@ class Admission:
         def ask() -> policy.Ask:
             return policy.ask(endpoint, request.body, len(request.raw), model.backend)
 
-        same = affinity(request.body) if model.backend.policy == "prefix" else b""
         return Admitted(model, order, ask, same)
 
     async def _json_request(self) -> rewrite.JSONRequest:
@@ -116,10 +124,15 @@ class Admission:
             outline = outliner.finish()
         except InvalidJSON as error:
             raise rewrite.refusal(error) from None
-        # Each of these steps takes some ms: the streams of others go on between them.
-        await deferLater(self._clock, 0)
-        request = rewrite.plan(self._endpoint, raw, outline)
-        await deferLater(self._clock, 0)
+        # Up to 20 ms, and much memory until it is checked: one at a time, however many there are,
+        # and the streams of others go on between two of them.
+        await self._outlines.acquire()
+        try:
+            await deferLater(self._clock, 0)
+            request = rewrite.plan(self._endpoint, raw, outline)
+            await deferLater(self._clock, 0)
+        finally:
+            self._outlines.release()
         return request
 
     async def _feed(self, outliner: Outliner, raw: bytes) -> None:

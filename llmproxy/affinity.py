@@ -23,9 +23,16 @@ def affinity(body: Mapping[str, Any]) -> bytes:
     for name in ("messages", "input"):
         turns = body.get(name)
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
-            return orjson.dumps([body.get("system"), body.get("instructions"), _first(turns)])
+            return _text([body.get("system"), body.get("instructions"), _first(turns)])
     prompt = body.get("prompt", body.get("input") if "instructions" in body else None)
     return prompt[:PROMPT_HEAD].encode() if isinstance(prompt, str) else b""
+
+
+def _text(said: list[Any]) -> bytes:
+    try:
+        return orjson.dumps(said)
+    except TypeError:  # nested deeper than orjson writes, though not than it reads
+        return b""
 
 
 def _first(turns: list[Any]) -> list[Any]:

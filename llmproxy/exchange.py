@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, DeferredLock
 from twisted.internet.interfaces import IReactorTime
 
 from llmproxy import dialects
@@ -63,7 +63,7 @@ _NOT_SENT = Ending(Outcome.REFUSED, NOTHING, ProxyError("Something went wrong on
 @dataclass(slots=True, kw_only=True)
 class Services:
     """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones. `limits`,
-    `budgets`: None where keys have none."""
+    `budgets`: None where keys have none. `outlines`: who has it reads one."""
 
     config: Config
     clock: IReactorTime
@@ -78,6 +78,7 @@ class Services:
     budgets: Budgets | None = None
     exchanges: set[Exchange] = field(default_factory=set)
     draining: bool = False
+    outlines: DeferredLock = field(default_factory=DeferredLock)
 
 
 class Exchange:
@@ -110,7 +111,12 @@ class Exchange:
         self._down = Downstream(request, services.clock, services.config.timeout_read)
         self._key_id: str | None = None
         self._admission = Admission(
-            endpoint, request, services.config, services.backends, services.clock
+            endpoint,
+            request,
+            services.config,
+            services.backends,
+            services.clock,
+            services.outlines,
         )
         self._admitted: Admitted | None = None
         self._forward: Forward | None = None

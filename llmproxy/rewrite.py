@@ -52,7 +52,7 @@ _CHAT, _RESPONSES = Shape.CHAT, Shape.RESPONSES
 class JSONRequest(NamedTuple):
     """A request's body, understood.
 
-    `body`: its members.
+    `body`: its members, or after `lightened` what is asked for later.
     `show_usage`, `show_continuous`: the client asked for the usage chunk, for running counts.
     `several`: it may ask for several answers, whose running counts are not those of the whole.
     `members`: where those are that could have to be replaced, if there are others than its model.
@@ -103,6 +103,18 @@ def plan(endpoint: Endpoint, raw: bytes, outline: Outline | None = None) -> JSON
         show_usage and options.get("continuous_usage_stats") is True,
         policy.choices(body) > 1,
         found,
+    )
+
+
+def lightened(request: JSONRequest) -> JSONRequest:
+    """A request of which only `body_for` and `policy.ask` want to know any more.
+
+    What was read of it can take fifty times its bytes.
+    """
+    present = {key: None for key in _REPLACED if key in request.body}
+    return request._replace(
+        body=present | policy.essence(request.body),
+        members=[member for member in request.members if member.key in _REPLACED],
     )
 
 

@@ -11,7 +11,7 @@ from llmproxy.endpoints import Endpoint
 from llmproxy.errors import BadRequest
 from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.outline import Outline, Outliner
-from llmproxy.rewrite import JSONRequest, body_for, plan, refusal
+from llmproxy.rewrite import JSONRequest, body_for, lightened, plan, refusal
 
 BACKEND = Backend(name="m", url="http://llm:1", device="gpu", max_choices=1000)
 
@@ -49,7 +49,8 @@ def plan_both(endpoint: Endpoint, raw: bytes, cuts: Iterable[int] = ()) -> JSONR
     assert _refused(endpoint, large) == _refused(endpoint, small)
     for model, continuous in product((None, small.model, "org/x"), (False, True)):
         body = body_for(small, endpoint, model=model, continuous=continuous)
-        assert body_for(large, endpoint, model=model, continuous=continuous) == body
+        for other in (large, lightened(small), lightened(large)):
+            assert body_for(other, endpoint, model=model, continuous=continuous) == body
     return small
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
 from llmproxy.affinity import PROMPT_HEAD, affinity
@@ -54,3 +55,8 @@ def test_what_is_no_conversation_has_nothing_in_common(body: dict[str, Any]) -> 
 def test_odd_turns_are_turns() -> None:
     assert affinity({"messages": [{}, 7, user("a")]})
     assert affinity({"messages": [{"role": 7}]})
+
+
+def test_a_turn_may_be_nested_deeper_than_can_be_written() -> None:
+    deep = orjson.loads(b"[" * 1000 + b"]" * 1000)
+    assert affinity({"messages": [{"role": "user", "content": deep}]}) == b""

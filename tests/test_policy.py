@@ -237,3 +237,4 @@ def test_tokens_are_estimated_from_size_and_length(path, body, settings, most):
     backend = Backend(name="m", url="http://b:1", device="gpu", **settings)
     asked = policy.ask(ENDPOINTS[path], body, 400, backend)
     assert asked.prompt + asked.answer == most
+    assert policy.ask(ENDPOINTS[path], policy.essence(body), 400, backend) == asked

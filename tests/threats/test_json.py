@@ -12,9 +12,12 @@ import hashlib
 import itertools
 import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,10 +45,11 @@ REFUSAL_S, STALL_S = (0.1, 0.05) if LONG else (0.3, 0.1)
 
 
 class Server(BaseHTTPRequestHandler):
-    """An LLM server that keeps the digests of the bodies that it got."""
+    """An LLM server that keeps the digests of the bodies that it got, and answers when it may."""
 
     protocol_version = "HTTP/1.1"
     digests: list[str]
+    may_answer: threading.Event
 
     def do_GET(self) -> None:
         self._answer()
@@ -63,6 +67,7 @@ class Server(BaseHTTPRequestHandler):
                 digest.update(part)
                 length -= len(part)
         self.digests.append(digest.hexdigest())
+        self.may_answer.wait()
         self._answer()
 
     def _answer(self) -> None:
@@ -77,11 +82,12 @@ class Server(BaseHTTPRequestHandler):
 
 
 class Measured:
-    """A proxy that is measured. `digests`: of what its server got."""
+    """A proxy that is measured. `digests`: of what its server got, which answers when it may."""
 
-    def __init__(self, rig: Rig, pid: int, digests: list[str]) -> None:
+    def __init__(self, rig: Rig, pid: int, digests: list[str], may_answer: threading.Event) -> None:
         self.rig = rig
         self.digests = digests
+        self.may_answer = may_answer
         self._pid = pid
 
     def post(self, path: str, body: bytes, **fields: str) -> Answer:
@@ -129,6 +135,15 @@ class Measured:
         yield lambda: self._memory("VmHWM") - before
 
     @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Its server answers at the end."""
+        self.may_answer.clear()
+        try:
+            yield
+        finally:
+            self.may_answer.set()
+
+    @contextmanager
     def pulse(self) -> Iterator[None]:
         """Fails if it did one thing for too long."""
         asyncio.run(pulse_of(self._pid, self.rig.folder))
@@ -161,15 +176,20 @@ def _received(connection: socket.socket) -> Answer:
 
 @contextmanager
 def measured(folder: Path) -> Iterator[Measured]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Counting", (Server,), {"digests": []}))
-    server.handle_error = lambda *args: None  # type: ignore[method-assign]  # the proxy was killed
+    digests: list[str] = []
+    may_answer = threading.Event()
+    may_answer.set()
+    handler = type("Counting", (Server,), {"digests": digests, "may_answer": may_answer})
+    listening = type("Listening", (ThreadingHTTPServer,), {"request_queue_size": 128})
+    server = listening(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *args: None  # the proxy was killed
     serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     serving.start()
     rig = Rig(folder, clients=1, command=[str(PULSE)])
     rig.configure(f"http://127.0.0.1:{server.server_port}")
     process, _ = asyncio.run(rig.serving())
     try:
-        yield Measured(rig, process.pid, server.RequestHandlerClass.digests)  # type: ignore[attr-defined]
+        yield Measured(rig, process.pid, digests, may_answer)
     finally:
         process.kill()
         process.wait()
@@ -413,6 +433,38 @@ def test_the_most_complex_bodies_that_pass_hold_up_nobody(proxy: Measured) -> No
             assert answer.status == 200, (name, answer.body)
             assert proxy.digests[-1] == hashlib.sha256(body).hexdigest()
             assert more < 10 * len(body) + 8 * MIB, name
+
+
+CROWD = 8
+
+
+@pytest.mark.timeout(60)
+def test_many_of_them_at_once_are_read_one_by_one(proxy: Measured) -> None:
+    with proxy.pulse(), ThreadPoolExecutor(CROWD) as crowd, proxy.peak() as memory:
+        bodies = [COMPLEX["deep objects"]] * CROWD
+        assert {answer.status for answer in crowd.map(partial(proxy.post, CHAT), bodies)} == {200}
+        more = memory()
+    report("complex JSON, a crowd", memory_mib=more / MIB, of=sum(map(len, bodies)) / MIB)
+
+
+WAITING = 80
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("unit", [b"[],", b'{"a":{}},', b'"a",'])
+def test_requests_that_wait_for_their_server_take_little_more_than_their_bytes(
+    fresh: Measured, unit: bytes
+) -> None:
+    body = filled(unit, 60_000, ASK + b"[", b"1]}")
+    with ThreadPoolExecutor(WAITING) as crowd, fresh.holding(), fresh.peak() as memory:
+        answers = [crowd.submit(fresh.post, CHAT, body) for _ in range(WAITING)]
+        while len(fresh.digests) < WAITING + 1:
+            assert not any(answer.done() for answer in answers)
+            time.sleep(0.02)
+        more = memory()
+    assert {answer.result().status for answer in answers} == {200}
+    report(f"waiting JSON, {unit!r}", times=more / WAITING / len(body))
+    assert more < 10 * WAITING * len(body)
 
 
 # --- codings, chunks, forms -----------------------------------------------------------------------
