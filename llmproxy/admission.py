@@ -17,7 +17,6 @@ from twisted.internet.task import deferLater
 from llmproxy import audio, headers, policy, rewrite
 from llmproxy.affinity import affinity
 from llmproxy.agent import BytesBody
-from llmproxy.answers import Answer
 from llmproxy.backends import Backends, Route
 from llmproxy.config import Config
 from llmproxy.endpoints import Body, Endpoint
@@ -155,10 +154,6 @@ class Admission:
         self.model = await form.model()
         model = self._backends.find(self.model, account.models)
 
-        def convert(body: bytes) -> Answer:
-            content_type, converted = audio.convert(body, form.response_format)
-            return Answer(200, converted, [(b"Content-Type", content_type)])
-
         def order(route: Route) -> Order | None:
             backend = route.backend
             patience_s = backend.timeout or config.timeout_read
@@ -170,7 +165,7 @@ class Admission:
                 headers=headers.for_backend(sent, form.content_type, backend.token),
                 body=form,
                 read=audio.read_audio,
-                convert=convert,
+                convert=lambda answer: audio.convert(answer, form.response_format),
             )
 
         return Admitted(model, order, lambda: policy.NOTHING_ASKED)

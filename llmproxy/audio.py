@@ -6,7 +6,7 @@ The backend is always asked for `verbose_json`, since only that tells the durati
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
@@ -20,6 +20,7 @@ MAX_FIELD = 4 * 1024  # bytes of a field that is not a file
 MAX_HEADERS = 8 * 1024  # bytes of a part's headers
 MAX_PARTS = 100
 MAX_MODEL = 256  # characters of a model's name
+SUBTITLES = 500  # to write so many takes some ms
 HOLD_LIMIT = 32 * 1024 * 1024
 
 RESPONSE_FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -345,13 +346,15 @@ def _whole_seconds(value: object) -> int | None:
     return int(seconds) if seconds <= MAX_COUNT else None
 
 
-def convert(body: bytes, response_format: str | None) -> tuple[bytes, bytes]:
-    """A `verbose_json` answer as the client asked for it: its Content-Type and body.
+def convert(body: bytes, response_format: str | None) -> tuple[bytes, Iterable[bytes]]:
+    """A `verbose_json` answer as the client asked for it: its Content-Type, and its body in pieces
+    that take some ms each to make.
 
-    `None` is `json`. Raises BackendError when the answer lacks what the format needs.
+    `None` is `json`. Raises BackendError, as the pieces do, when the answer lacks what the format
+    needs.
     """
     if response_format == "verbose_json":
-        return _JSON, body
+        return _JSON, [body]
     try:
         answer = parse_object(body)
     except InvalidJSON:
@@ -362,30 +365,39 @@ def convert(body: bytes, response_format: str | None) -> tuple[bytes, bytes]:
     if response_format in (None, "json"):
         # As bytes: what orjson has read may be nested deeper than it writes.
         others = [key for key in answer if key not in ("text", "usage")]
-        return _JSON, replace(body, dict.fromkeys(others))
+        return _JSON, [replace(body, dict.fromkeys(others))]
     if response_format == "text":
-        return _PLAIN, text.encode() + b"\n"
-    cues = _cues(answer, text)
+        return _PLAIN, [text.encode() + b"\n"]
+    segments = _segments(answer, text)
     if response_format == "srt":
-        return _PLAIN, "".join(_srt(*cue) for cue in cues).encode()
-    return _PLAIN, ("WEBVTT\n\n" + "".join(_vtt(*cue) for cue in cues)).encode()
+        return _PLAIN, _subtitles(segments, "", _srt)
+    return _PLAIN, _subtitles(segments, "WEBVTT\n\n", _vtt)
 
 
 def _unusable() -> BackendError:
     return BackendError("The backend's answer can't be turned into the format asked for.")
 
 
-def _cues(answer: dict[str, Any], text: str) -> Sequence[tuple[int, int, int, str]]:
-    """Number, start and end in milliseconds, and text of each subtitle."""
+def _segments(answer: dict[str, Any], text: str) -> list[object]:
     segments = answer.get("segments")
     if segments is None:  # as when only word timestamps were asked for
-        segments = [{"start": 0, "end": answer.get("duration"), "text": text}]
+        return [{"start": 0, "end": answer.get("duration"), "text": text}]
     if not isinstance(segments, list):
         raise _unusable()
-    return [_cue(number, segment) for number, segment in enumerate(segments, 1)]
+    return segments
+
+
+def _subtitles(
+    segments: Sequence[object], head: str, write: Callable[[int, int, int, str], str]
+) -> Iterator[bytes]:
+    for start in range(0, max(len(segments), 1), SUBTITLES):
+        some = enumerate(segments[start : start + SUBTITLES], start + 1)
+        yield (head + "".join(write(*_cue(*each)) for each in some)).encode()
+        head = ""
 
 
 def _cue(number: int, segment: object) -> tuple[int, int, int, str]:
+    """Number, start and end in milliseconds, and text of a subtitle."""
     if not isinstance(segment, dict) or not isinstance(segment.get("text"), str):
         raise _unusable()
     start, end = _milliseconds(segment.get("start")), _milliseconds(segment.get("end"))

@@ -11,7 +11,7 @@ whole of a JSON answer, is kept in the `Ending`, to be released when the bill is
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple, cast
 
 from twisted.internet.defer import Deferred
@@ -67,7 +67,7 @@ class Order(NamedTuple):
     """An admitted request: where it goes, as what, and how its answer is read.
 
     meter: for an answer in a stream, if one was asked for. read: the usage in a whole answer.
-    convert: turns a whole answer into what the client asked for.
+    convert: turns a whole answer into what the client asked for: Content-Type, pieces of a body.
     """
 
     route: Route
@@ -76,7 +76,7 @@ class Order(NamedTuple):
     body: RequestBody
     read: Callable[[bytes], Reading]
     meter: StreamMeter | None = None
-    convert: Callable[[bytes], Answer] | None = None
+    convert: Callable[[bytes], tuple[bytes, Iterable[bytes]]] | None = None
 
 
 class Admitted(NamedTuple):
@@ -301,11 +301,19 @@ class Forward:
         answer = Answer(200, body, headers.for_client(response.fields))
         if self._order.convert is not None:
             try:
-                answer = self._order.convert(body)
+                answer = await self._converted(*self._order.convert(body))
             except BackendError as error:  # the work was done, and gave nothing: not ours to judge
                 unclear = reading._replace(exact=False, raw=reading.raw or "")
                 return self._ending(Outcome.BACKEND_FAILED, unclear, error)
         return self._ending(self._or_gone(Outcome.COMPLETE), reading, answer)
+
+    async def _converted(self, content_type: bytes, pieces: Iterable[bytes]) -> Answer:
+        body = bytearray()
+        for number, piece in enumerate(pieces):
+            if number:  # others' streams go on between two
+                await deferLater(self._clock, 0)
+            body += piece
+        return Answer(200, bytes(body), [(b"Content-Type", content_type)])
 
     async def _outline(self, body: bytes) -> bytes:
         """What is to be read of a large answer; its usage is there as it was."""

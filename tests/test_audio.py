@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmproxy.audio import (
+    SUBTITLES,
     FormRewriter,
     boundary_of,
     check_response_format,
@@ -418,6 +419,11 @@ VERBOSE = orjson.dumps(
 )
 
 
+def converted(body: bytes, wanted: str) -> tuple[bytes, bytes]:
+    content_type, pieces = convert(body, wanted)
+    return content_type, b"".join(pieces)
+
+
 @pytest.mark.parametrize(
     ("wanted", "content_type", "expected"),
     [
@@ -440,29 +446,29 @@ VERBOSE = orjson.dumps(
     ],
 )
 def test_an_answer_is_turned_into_what_was_asked_for(wanted, content_type, expected):
-    assert convert(VERBOSE, wanted) == (content_type, expected.encode())
+    assert converted(VERBOSE, wanted) == (content_type, expected.encode())
 
 
 def test_usage_stays_in_a_json_answer():
     body = b'{"text":"a","duration":1,"usage":{"type":"duration","seconds":1}}'
-    assert convert(body, "json")[1] == b'{"text":"a","usage":{"type":"duration","seconds":1}}'
+    assert converted(body, "json")[1] == b'{"text":"a","usage":{"type":"duration","seconds":1}}'
 
 
 def test_what_is_nested_deeper_than_can_be_written_stays_in_a_json_answer():
     deep = b'{"a":' * 400 + b"1" + b"}" * 400
     body = b'{"text":"a","duration":1,"usage":' + deep + b"}"
-    assert convert(body, "json")[1] == b'{"text":"a","usage":' + deep + b"}"
+    assert converted(body, "json")[1] == b'{"text":"a","usage":' + deep + b"}"
 
 
 @pytest.mark.parametrize("text", ["-->", "--->", "----->", "a --->> b", "-- > --> ->"])
 def test_no_text_has_the_arrow_that_begins_a_subtitle(text):
     body = orjson.dumps({"text": "a", "segments": [{"start": 0, "end": 1, "text": text}]})
-    assert convert(body, "vtt")[1].count(b"-->") == 1
+    assert converted(body, "vtt")[1].count(b"-->") == 1
 
 
 def test_without_segments_the_text_is_one_subtitle():
     body = b'{"text":"a","duration":"1.5"}'
-    assert convert(body, "srt")[1] == b"1\n00:00:00,000 --> 00:00:01,500\na\n\n"
+    assert converted(body, "srt")[1] == b"1\n00:00:00,000 --> 00:00:01,500\na\n\n"
 
 
 @pytest.mark.parametrize("wanted", ["json", "text", "srt", "vtt"])
@@ -471,7 +477,7 @@ def test_without_segments_the_text_is_one_subtitle():
 )
 def test_an_answer_without_text_can_not_be_turned(body, wanted):
     with pytest.raises(BackendError):
-        convert(body, wanted)
+        converted(body, wanted)
 
 
 @pytest.mark.parametrize(
@@ -487,4 +493,13 @@ def test_an_answer_without_text_can_not_be_turned(body, wanted):
 )
 def test_subtitles_need_times(segment):
     with pytest.raises(BackendError):
-        convert(b'{"text":"a","segments":[' + segment + b"]}", "srt")
+        converted(b'{"text":"a","segments":[' + segment + b"]}", "srt")
+
+
+@pytest.mark.parametrize("count", [0, 1, SUBTITLES, SUBTITLES + 1, 3 * SUBTITLES])
+def test_many_subtitles_come_in_pieces(count):
+    body = orjson.dumps({"text": "a", "segments": [{"start": 0, "end": 1, "text": "a"}] * count})
+    _, pieces = convert(body, "srt")
+    numbers = [re.findall(rb"(?m)^(\d+)\n", piece) for piece in pieces]
+    assert [int(number) for some in numbers for number in some] == list(range(1, count + 1))
+    assert max(map(len, numbers)) <= SUBTITLES

@@ -5,7 +5,7 @@ Twisted's real HTTP client and server, without sockets, and a clock that the tes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -60,7 +60,7 @@ class Story:
         clock: Clock,
         *,
         stream: bool = True,
-        convert: Callable[[bytes], Answer] | None = None,
+        convert: Callable[[bytes], tuple[bytes, Iterable[bytes]]] | None = None,
         keepalive_s: float = 0,
         lease: Lease | None = None,
         **backend: Any,
@@ -226,15 +226,33 @@ def test_an_answer_that_is_too_long_is_cut_and_left_to_the_operator(whole, monke
 
 
 def test_what_the_client_asked_for_is_made_of_the_answer(clock):
-    story = Story(clock, stream=False, convert=lambda body: Answer(200, body.upper(), []))
+    story = Story(clock, stream=False, convert=lambda body: (b"text/x", [body.upper()]))
     story.begin().answer(raw_answer(200, COMPLETION, JSON))
     ending = story.end()
     assert ending.outcome is Outcome.COMPLETE
-    assert ending.last == Answer(200, COMPLETION.upper(), [])
+    assert ending.last == Answer(200, COMPLETION.upper(), [(b"Content-Type", b"text/x")])
+
+
+def test_others_go_on_between_the_pieces_of_what_is_made_of_an_answer(clock):
+    made: list[bytes] = []
+
+    def convert(body: bytes) -> tuple[bytes, Iterator[bytes]]:
+        return b"text/x", pieces()
+
+    def pieces() -> Iterator[bytes]:
+        for piece in (b"a", b"b", b"c", b"d"):
+            made.append(piece)
+            yield piece
+
+    story = Story(clock, stream=False, convert=convert)
+    story.begin().answer(raw_answer(200, COMPLETION, JSON))
+    assert len(made) == 2
+    clock.advance(0)
+    assert story.end().last == Answer(200, b"abcd", [(b"Content-Type", b"text/x")])
 
 
 def test_an_answer_that_can_not_be_converted_is_not_settled(clock):
-    def convert(body: bytes) -> Answer:
+    def convert(body: bytes) -> tuple[bytes, list[bytes]]:
         raise BackendError("It has no text.")
 
     story = Story(clock, stream=False, convert=convert)

@@ -235,7 +235,7 @@ def test_any_answer_is_read_and_turned_back_or_refused() -> None:
 
 def assert_turned(body: bytes, wanted: str | None) -> None:
     try:
-        _, turned = audio.convert(body, wanted)
+        turned = b"".join(audio.convert(body, wanted)[1])
     except BackendError:
         return
     assert len(turned) <= 3 * len(body) + 100
