@@ -120,15 +120,17 @@ class Admission:
                 return rewrite.plan(self._endpoint, raw)
             if look is None:
                 await self._feed(outliner, raw)
-            outline = outliner.finish()
+            return await self._outlined(raw, outliner)
         except InvalidJSON as error:
             raise rewrite.refusal(error) from None
-        # Up to 20 ms, and much memory until it is checked: one at a time, however many there are,
+
+    async def _outlined(self, raw: bytes, outliner: Outliner) -> rewrite.JSONRequest:
+        # Up to 30 ms, and much memory until it is checked: one at a time, however many there are,
         # and the streams of others go on between two of them.
         await self._outlines.acquire()
         try:
             await deferLater(self._clock, 0)
-            request = rewrite.plan(self._endpoint, raw, outline)
+            request = rewrite.plan(self._endpoint, raw, outliner.finish())
             await deferLater(self._clock, 0)
         finally:
             self._outlines.release()
