@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import NamedTuple
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.defer import TimeoutError as DeferTimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -324,7 +324,8 @@ class Budgets:
 
     def _begin_reading(self, key_id: str, purse: _Purse, turns: list[Deferred[None]]) -> None:
         running, purse.running, purse.early = purse.running, {}, purse.given
-        reading = self._spending.of(key_id, running).addTimeout(READ_TIMEOUT_S, self._clock)
+        reading = maybeDeferred(self._spending.of, key_id, running)
+        reading.addTimeout(READ_TIMEOUT_S, self._clock)
         reading.addCallbacks(
             self._was_read, self._was_not_read, callbackArgs=(purse,), errbackArgs=(purse, running)
         )

@@ -379,6 +379,10 @@ class Forward:
             self._used_up = error
             reader.stop()
             return
+        except Exception:  # a fault of ours must not hold the stream for ever
+            self.log.failure("forward failed")
+            reader.release()
+            return
         self._lease_until = meter.content_events + more
         self._until = min(self._drain_until, self._lease_until)
         reader.release()

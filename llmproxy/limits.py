@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList, fail
+from twisted.internet.defer import Deferred, DeferredList, fail, maybeDeferred
 from twisted.internet.defer import TimeoutError as DeferTimeoutError
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
@@ -321,13 +321,13 @@ class Limits(Service):
         answer = self._change(lot, change)
         answer.addErrback(self._failed, lot, change)
         answer.addCallback(self._answered, lot, taken, turns)
-        answer.addErrback(lambda failure: self.log.failure("limits", failure))
+        answer.addErrback(self._broken, lot, turns)
 
     def _change(self, lot: _Lot, change: Callable[[Share], Share]) -> Deferred[Share]:
         failed_at = self._failed_at
         if failed_at is not None and 0 <= self._clock.seconds() - failed_at < PAUSE_S:
             return fail(StorageError("it failed a moment ago"))
-        answer = self._shares.change(lot.key_id, change)
+        answer = maybeDeferred(self._shares.change, lot.key_id, change)
         answer.addTimeout(ANSWER_S, self._clock).addCallback(self._works)
         return answer
 
@@ -340,7 +340,8 @@ class Limits(Service):
     def _failed(self, failure: Failure, lot: _Lot, change: Callable[[Share], Share]) -> Share:
         """Go on alone, from what was known last. Whether the store has made the change is not
         known: then what was taken in vain is there again after a minute."""
-        failure.trap(StorageError, DeferTimeoutError)
+        if not failure.check(StorageError, DeferTimeoutError):  # it must not hang who waits
+            self.log.failure("limits", failure)
         now = self._clock.seconds()
         if self._failed_at is None:
             self.log.error(
@@ -351,6 +352,22 @@ class Limits(Service):
         elif now - self._failed_at >= PAUSE_S:
             self._failed_at = now
         return change(lot.share)
+
+    def _broken(
+        self, failure: Failure, lot: _Lot, turns: list[tuple[Slice, Deferred[None]]]
+    ) -> None:
+        """A fault of ours: who waits is told so, and the next request begins anew."""
+        self.log.failure("limits", failure)
+        lot.is_asking = False
+        for wanted, turn in turns:
+            if turn.called:
+                continue
+            if wanted == NOTHING:  # nobody waits for it
+                turn.callback(None)
+            else:
+                turn.errback(failure)
+        if lot.turns:
+            self._begin(lot)
 
     def _answered(
         self, share: Share, lot: _Lot, taken: list[Slice], turns: list[tuple[Slice, Deferred[None]]]

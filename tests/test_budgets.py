@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine, Mapping
 from datetime import UTC, date, datetime
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from twisted.internet.defer import Deferred, succeed
@@ -434,3 +435,18 @@ def test_the_month_ends_after_its_last_day() -> None:
     }.items():
         assert budget.waits_s(now) == 86400 * days
     assert budget.used(spending(month=3), date(2027, 1, 31)) == 0
+
+
+def test_a_fault_of_the_store_s_code_is_no_end_for_its_key(
+    bank: Bank, flush_logged_errors: Any
+) -> None:
+    def broken(key_id: str, running: object) -> Deferred[Spending]:
+        raise RuntimeError("a fault of ours")
+
+    bank.budgets._spending = Mock(of=broken)
+    assert bank.lets_in()
+    assert len(flush_logged_errors(RuntimeError)) == 1
+    bank.budgets._spending = bank.store
+    bank.spend(1000)
+    with pytest.raises(InsufficientQuota):
+        bank.lets_in()

@@ -809,3 +809,12 @@ def test_a_client_that_leaves_while_the_lease_is_waited_for_is_drained_by_it(len
     lender.says.errback(USED_UP)
     assert lent.end().outcome is Outcome.CLIENT_GONE
     assert len(lender.told) == 2
+
+
+def test_a_fault_of_ours_in_a_lease_lets_the_stream_go_on(lent, lender, flush_logged_errors):
+    lent.answer(chunk(LO))
+    lender.says.errback(RuntimeError("a fault of ours"))
+    assert lent.link.wire.is_reading
+    lent.answer(chunk(HEL), chunk(USED), chunk(DONE) + LAST_CHUNK)
+    assert lent.end().outcome is Outcome.COMPLETE
+    assert len(flush_logged_errors(RuntimeError)) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -11,6 +12,7 @@ from deferreds import failure_of, result_of
 from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.task import Clock
 
+from llmproxy import limits
 from llmproxy.config import KeyLimits
 from llmproxy.errors import StorageError, TooManyRequests
 from llmproxy.limits import ANSWER_S, MOST_LOTS, PAUSE_S, SLICE_S, STALE_S, TICK_S, Limits
@@ -502,3 +504,32 @@ def test_what_nobody_uses_is_forgotten() -> None:
         door.enters(Account(f"{number}"))
         door.limits.leave(Account(f"{number}"))
     assert len(door.limits._lots) == MOST_LOTS
+
+
+def test_a_fault_of_the_store_s_code_is_no_end_for_its_key(flush_logged_errors: Any) -> None:
+    def broken(key_id: str, change: object) -> Deferred[Share]:
+        raise RuntimeError("a fault of ours")
+
+    for faulty in (broken, lambda key_id, change: fail(RuntimeError("a fault of ours"))):
+        house = House(requests_per_minute=2)
+        door = house.doors[0]
+        door.limits._shares = Mock(change=faulty)
+        assert [door.enters() for _ in range(3)] == [True, True, False]  # counted alone
+        door.limits._shares = house.slow
+        house.pass_time(30)
+        assert door.enters()
+        assert len(flush_logged_errors(RuntimeError)) == 1
+
+
+def test_a_fault_of_ours_in_a_change_is_told_to_who_waits_and_to_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, flush_logged_errors: Any
+) -> None:
+    door = House(requests_per_minute=2).doors[0]
+    monkeypatch.setattr(limits, "take", Mock(side_effect=RuntimeError("a fault of ours")))
+    for _ in range(2):
+        entering = door.limits.enter(ALICE)
+        assert entering is not None
+        failure_of(entering, RuntimeError)
+    monkeypatch.undo()
+    assert door.enters()
+    assert flush_logged_errors(RuntimeError)
