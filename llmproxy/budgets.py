@@ -27,7 +27,7 @@ from twisted.python.failure import Failure
 from llmproxy.config import KeyLimits
 from llmproxy.errors import InsufficientQuota, StorageError, TooManyRequests
 from llmproxy.limits import TRY_AGAIN_S
-from llmproxy.model import Account, Amount, Counts, Kind, Price, Spending, utcnow
+from llmproxy.model import BUDGETS, Account, Amount, Counts, Kind, Price, Spending, utcnow
 from llmproxy.policy import Ask
 from llmproxy.prices import PICO, cost
 from llmproxy.storage import ISpending
@@ -77,10 +77,9 @@ class Budget(NamedTuple):
         return (anew - now).total_seconds()
 
 
+_PERIODS = {"per_day": "day", "per_month": "month", "total": "ever"}
 _SETTINGS = tuple(
-    (f"{unit}_{suffix}", unit, period)
-    for unit in Amount._fields
-    for suffix, period in (("per_day", "day"), ("per_month", "month"), ("total", "ever"))
+    (name, unit, _PERIODS[suffix]) for name in BUDGETS for unit, _, suffix in [name.partition("_")]
 )
 
 
