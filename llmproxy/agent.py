@@ -41,6 +41,7 @@ from zope.interface import implementer
 from llmproxy.errors import BackendError
 from llmproxy.framing import Fields, combined
 from llmproxy.headers import Lines
+from llmproxy.story import Wait
 
 #: Largest header of an answer, and how much may come in a row of which nothing is its body: the
 #: extensions of chunks, and trailers.
@@ -229,7 +230,7 @@ class Connection(Protocol):
     def ask(self, head: bytes, body: IBodyProducer | None) -> Deferred[IResponse]:
         """Send a request; fires with its answer. Cancel it to close the connection."""
         self._busy = True
-        answer: Deferred[IResponse] = Deferred(self._cancelled)
+        answer: Wait[IResponse] = Wait(self._cancelled)
         self._answer = answer
         if body is None:
             self._sent = True

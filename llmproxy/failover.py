@@ -7,6 +7,8 @@ from llmproxy.forward import Ending
 from llmproxy.model import Outcome
 from llmproxy.upstream import NotSent
 
+# Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
+_COMPLETE = Outcome.COMPLETE
 _FAILURES = (Outcome.BACKEND_FAILED, Outcome.TRUNCATED, Outcome.STALLED)
 
 
@@ -16,7 +18,7 @@ def went_well(ending: Ending) -> bool | None:
     What is the client's own fault is none of the server's, and an error within an answer may be
     either's. Being busy (429) is no fault.
     """
-    if ending.outcome is Outcome.COMPLETE:
+    if ending.outcome is _COMPLETE:
         return True
     if isinstance(ending.last, BackendError):
         return False if ending.outcome in _FAILURES or ending.outcome is Outcome.REFUSED else None

@@ -58,6 +58,8 @@ END_GRACE_S = 1.0
 KEEPALIVE = b": keep-alive\n\n"
 #: Every proxy on the way is asked to pass a stream on as it comes.
 STREAM_FIELDS = [(b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no")]
+# Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
+_COMPLETE, _WHOLE, _UNFRAMED = Outcome.COMPLETE, BodyEnd.WHOLE, BodyEnd.UNFRAMED
 _BROKEN = BackendError("The model's server broke off its answer.")
 _SILENT = BackendTimeout("The model's server fell silent in the middle of its answer.")
 _STOPPING = Unavailable("The service is stopping; try again shortly.")
@@ -279,7 +281,7 @@ class Forward:
 
     async def _refused(self, response: Response) -> Ending:
         end = await self._read(response, self._collect_up_to(MAX_REFUSAL)).ended
-        body = b"".join(self._parts) if end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED) else b""
+        body = b"".join(self._parts) if end in (_WHOLE, _UNFRAMED) else b""
         token = self._order.route.backend.token
         last = refusal(response.code, body, headers.for_client(response.fields), token)
         # 2xx may have been a result that we can't read; anything else is none.
@@ -287,16 +289,16 @@ class Forward:
         return Ending(Outcome.REFUSED, reading, last, response.code)
 
     async def _whole(self, response: Response) -> Ending:
-        body, end = response.at_once(), BodyEnd.WHOLE
+        body, end = response.at_once(), _WHOLE
         if body is None:
             end = await self._read(response, self._collect_up_to(MAX_ANSWER)).ended
             if self._too_much:
                 return self._ending(Outcome.BACKEND_FAILED, Reading(), _BROKEN)
-            if end not in (BodyEnd.WHOLE, BodyEnd.UNFRAMED):
+            if end not in (_WHOLE, _UNFRAMED):
                 return self._cut_short(end, Reading())
             body = b"".join(self._parts)
         reading = self._order.read(body if len(body) < LARGE else await self._outline(body))
-        if end is BodyEnd.UNFRAMED and not reading.answered:  # closed in the middle
+        if end is _UNFRAMED and not reading.answered:  # closed in the middle
             return self._ending(Outcome.TRUNCATED, reading, _BROKEN)
         answer = Answer(200, body, headers.for_client(response.fields))
         if self._order.convert is not None:
@@ -305,7 +307,7 @@ class Forward:
             except BackendError as error:  # the work was done, and gave nothing: not ours to judge
                 unclear = reading._replace(exact=False, raw=reading.raw or "")
                 return self._ending(Outcome.BACKEND_FAILED, unclear, error)
-        return self._ending(self._or_gone(Outcome.COMPLETE), reading, answer)
+        return self._ending(self._or_gone(_COMPLETE), reading, answer)
 
     async def _converted(self, content_type: bytes, pieces: Iterable[bytes]) -> Answer:
         body = bytearray()
@@ -390,11 +392,11 @@ class Forward:
     def _stream_ending(self, end: BodyEnd, meter: StreamMeter) -> Ending:
         rest = meter.finish()
         reading = meter.reading()
-        whole = meter.ended or end in (BodyEnd.WHOLE, BodyEnd.UNFRAMED)
+        whole = meter.ended or end in (_WHOLE, _UNFRAMED)
         if meter.failed and whole:  # some servers end an error with their dialect's last event
             return self._ending(self._or_gone(Outcome.BACKEND_FAILED), _no_result(reading), rest)
         if meter.ended:
-            return self._ending(self._or_gone(Outcome.COMPLETE), reading, rest)
+            return self._ending(self._or_gone(_COMPLETE), reading, rest)
         return self._cut_short(end, reading)
 
     def _or_gone(self, outcome: Outcome) -> Outcome:

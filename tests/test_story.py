@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from housekeeping import FlushLoggedErrors
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import AlreadyCalledError, CancelledError, Deferred, fail, succeed
 from twisted.python.failure import Failure
 
-from llmproxy.story import begin
+from llmproxy.story import Wait, begin
 
 
-def test_it_goes_from_wait_to_wait_and_gets_each_result() -> None:
-    first: Deferred[int] = Deferred()
-    second: Deferred[str] = Deferred()
+@pytest.mark.parametrize("kind", [Deferred, Wait])
+def test_it_goes_from_wait_to_wait_and_gets_each_result(kind: type[Deferred[Any]]) -> None:
+    first: Deferred[int] = kind()
+    second: Deferred[str] = kind()
     told: list[object] = []
 
     async def story() -> None:
@@ -29,8 +32,9 @@ def test_it_goes_from_wait_to_wait_and_gets_each_result() -> None:
     assert told == ["begun", 1, "at once", "two"]
 
 
-def test_a_failure_is_raised_where_it_was_waited_for() -> None:
-    waiting: Deferred[None] = Deferred()
+@pytest.mark.parametrize("kind", [Deferred, Wait])
+def test_a_failure_is_raised_where_it_was_waited_for(kind: type[Deferred[Any]]) -> None:
+    waiting: Deferred[None] = kind()
     told: list[str] = []
 
     async def story() -> None:
@@ -71,3 +75,56 @@ def test_it_waits_for_one_that_waits_for_another() -> None:
     assert told == []
     inner.callback(7)
     assert told == [7]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_wait_tells_others_too(when: str) -> None:
+    waiting: Wait[int] = Wait()
+    told: list[int] = []
+
+    async def story() -> None:
+        told.append(await waiting)
+
+    def add(number: int) -> int:
+        told.append(-number)
+        return number
+
+    if when == "before":
+        waiting.addCallback(add)
+    begin(story())
+    if when == "after":
+        waiting.addCallback(add)
+    waiting.callback(7)
+    assert sorted(told) == [-7, 7]
+
+
+def test_a_wait_has_one_result() -> None:
+    waiting: Wait[int] = Wait()
+    told: list[int] = []
+
+    async def story() -> None:
+        told.append(await waiting)
+
+    begin(story())
+    waiting.callback(1)
+    with pytest.raises(AlreadyCalledError):
+        waiting.callback(2)
+    assert told == [1]
+    assert waiting.called
+
+
+def test_a_wait_can_be_cancelled() -> None:
+    cancelled: list[Deferred[None]] = []
+    waiting: Wait[None] = Wait(cancelled.append)
+    told: list[str] = []
+
+    async def story() -> None:
+        try:
+            await waiting
+        except CancelledError:
+            told.append("cancelled")
+
+    begin(story())
+    waiting.cancel()
+    assert cancelled == [waiting]
+    assert told == ["cancelled"]

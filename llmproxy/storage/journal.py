@@ -45,6 +45,7 @@ from llmproxy.model import (
 from llmproxy.storage import ILedger, IOutbox, rows
 from llmproxy.storage.owners import Owners
 from llmproxy.storage.sqlite import from_text
+from llmproxy.story import Wait
 
 #: How long an `open` may wait for its commit before the request is refused.
 OPEN_TIMEOUT_S = 2.0
@@ -80,7 +81,7 @@ class Operation:
     `statement`: by which many of its kind are written at once; None for those that stand alone.
     """
 
-    done: Deferred[None] = field(default_factory=Deferred, init=False)
+    done: Wait[None] = field(default_factory=Wait, init=False)
     error: Exception | None = field(default=None, init=False)
     abandoned: bool = field(default=False, init=False)
     statement: ClassVar[rows.Statement | None] = None

@@ -47,8 +47,8 @@ BUDGET_COLUMN = f"""INTEGER CHECK ({{0}} IS NULL OR typeof({{0}}) = 'integer'
 HELD_ROWS = """CREATE INDEX IF NOT EXISTS ledger_held ON ledger(api_key)
     WHERE state = 'open' AND held_tokens IS NOT NULL"""
 
-# sqlite3 looks for a way to adapt each None as if it were an object of ours, which takes longer than
-# to bind any other parameter. This is one, in C.
+# Python 3.11's sqlite3 looks for a way to adapt each None as if it were an object of ours, which
+# takes longer than to bind any other parameter. This is one, in C.
 _ADAPTED: dict[None, None] = {None: None}
 sqlite3.register_adapter(type(None), _ADAPTED.get)
 
