@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import DeferredLock
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
 
 from llmproxy import audio, headers, policy, rewrite
-from llmproxy.affinity import affinity
 from llmproxy.agent import BytesBody
 from llmproxy.backends import Backends, Route
 from llmproxy.config import Config
@@ -27,8 +24,9 @@ from llmproxy.framing import Fields
 from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import Account
-from llmproxy.outline import MAX_SHORT, Outliner, is_short
-from llmproxy.upload import BLOCK
+from llmproxy.parts import is_short
+from llmproxy.steps import Turns
+from llmproxy.survey import Survey
 
 if TYPE_CHECKING:
     from llmproxy.site import Request
@@ -40,7 +38,7 @@ LIGHT = 2048
 class Admission:
     """The way of one request's body. `model`: what it asks for, as soon as that is known."""
 
-    __slots__ = ("_backends", "_clock", "_config", "_endpoint", "_outlines", "_request", "model")
+    __slots__ = ("_backends", "_clock", "_config", "_endpoint", "_request", "_turns", "model")
 
     def __init__(
         self,
@@ -49,14 +47,14 @@ class Admission:
         config: Config,
         backends: Backends,
         clock: IReactorTime,
-        outlines: DeferredLock,
+        turns: Turns,
     ) -> None:
         self._endpoint = endpoint
         self._request = request
         self._config = config
         self._backends = backends
         self._clock = clock
-        self._outlines = outlines
+        self._turns = turns
         self.model: str | None = None
 
     def admit(self, account: Account) -> Awaitable[Admitted]:
@@ -73,11 +71,14 @@ class Admission:
             raise UnsupportedMediaType("Content-Type must be application/json.")
         endpoint = self._endpoint
         raw = self._request.upload.at_once(self._config.max_json_body)
-        request = rewrite.plan(endpoint, raw) if raw is not None else await self._json_request()
+        if raw is not None and is_short(raw):
+            request = rewrite.plan(endpoint, raw)
+        else:
+            request = await self._large(raw)
         self.model = request.model
         model = self._backends.find(request.model, account.models)
-        policy.check(endpoint, request.body, model.backend)
-        same = affinity(request.body) if model.backend.policy == "prefix" else b""
+        policy.check(endpoint, request.body, request.remote_url, model.backend)
+        same = request.opening() if model.backend.policy == "prefix" else b""
         if len(request.raw) > LIGHT:  # it may have to wait
             request = rewrite.lightened(request)
         continuous = model.backend.usage == "continuous"
@@ -108,38 +109,19 @@ class Admission:
 
         return Admitted(model, order, ask, same)
 
-    async def _json_request(self) -> rewrite.JSONRequest:
+    async def _large(self, raw: bytes | None) -> rewrite.JSONRequest:
         """The request in a body that has still to come, or that is large."""
-        config, upload, outliner = self._config, self._request.upload, Outliner()
-        # Most have few values, though long ones: to read them takes a fifth of an outline's time.
-        may_be_short = upload.length is not None and upload.length <= MAX_SHORT
-        look = None if may_be_short else outliner.feed
+        if raw is None:
+            config = self._config
+            raw = await self._request.upload.read(config.max_json_body, config.timeout_read)
+        if is_short(raw):
+            return rewrite.plan(self._endpoint, raw)
+        survey = Survey(self._endpoint, raw)
         try:
-            raw = await upload.read(config.max_json_body, config.timeout_read, look)
-            if is_short(raw):
-                return rewrite.plan(self._endpoint, raw)
-            if look is None:
-                await self._feed(outliner, raw)
-            return await self._outlined(raw, outliner)
+            await self._turns.do(survey.steps())
         except InvalidJSON as error:
             raise rewrite.refusal(error) from None
-
-    async def _outlined(self, raw: bytes, outliner: Outliner) -> rewrite.JSONRequest:
-        # Up to 30 ms, and much memory until it is checked: one at a time, however many there are,
-        # and the streams of others go on between two of them.
-        await self._outlines.acquire()
-        try:
-            await deferLater(self._clock, 0)
-            request = rewrite.plan(self._endpoint, raw, outliner.finish())
-            await deferLater(self._clock, 0)
-        finally:
-            self._outlines.release()
-        return request
-
-    async def _feed(self, outliner: Outliner, raw: bytes) -> None:
-        for start in range(0, len(raw), BLOCK):
-            outliner.feed(raw[start : start + BLOCK])
-            await deferLater(self._clock, 0)
+        return rewrite.plan(self._endpoint, raw, survey)
 
     async def _form(self, sent: Fields, account: Account) -> Admitted:
         config = self._config

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredLock
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from llmproxy import dialects
@@ -45,6 +45,7 @@ from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Attempt, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.prices import PriceList
 from llmproxy.queueing import FairQueue
+from llmproxy.steps import Turns
 from llmproxy.storage import ILedger
 from llmproxy.upload import ClientGone
 from llmproxy.upstream import NotSent
@@ -66,7 +67,7 @@ _NOT_SENT = Ending(Outcome.REFUSED, NOTHING, ProxyError("Something went wrong on
 @dataclass(slots=True, kw_only=True)
 class Services:
     """What all exchanges share. `exchanges`: those in flight. `draining`: no new ones. `limits`,
-    `budgets`: None where keys have none. `outlines`: who has it reads one."""
+    `budgets`: None where keys have none."""
 
     config: Config
     clock: IReactorTime
@@ -81,7 +82,10 @@ class Services:
     budgets: Budgets | None = None
     exchanges: set[Exchange] = field(default_factory=set)
     draining: bool = False
-    outlines: DeferredLock = field(default_factory=DeferredLock)
+    turns: Turns = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turns = Turns(self.clock)
 
 
 class Exchange:
@@ -119,7 +123,7 @@ class Exchange:
             services.config,
             services.backends,
             services.clock,
-            services.outlines,
+            services.turns,
         )
         self._admitted: Admitted | None = None
         self._forward: Forward | None = None
@@ -350,7 +354,9 @@ class Exchange:
         self._metrics = services.metrics.for_backend(backend.name)
         self._forward_began = services.monotonic()
         lease = self._lease(entry)
-        forward = Forward(order, self._down, services.clock, timing, self._chunk_came, lease)
+        forward = Forward(
+            order, self._down, services.clock, services.turns, timing, self._chunk_came, lease
+        )
         self._forward = forward
         if self._is_cut:
             forward.stop()

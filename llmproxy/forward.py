@@ -36,19 +36,18 @@ from llmproxy.errors import (
 from llmproxy.jsonbytes import InvalidJSON
 from llmproxy.meter import StreamMeter
 from llmproxy.model import Counts, Outcome, Reading
-from llmproxy.outline import Outliner
+from llmproxy.parts import BLOCK, Parts
 from llmproxy.policy import Ask
 from llmproxy.relay import BodyEnd, BodyReader
+from llmproxy.steps import Turns
 from llmproxy.story import begin
-from llmproxy.upload import BLOCK, ClientGone
+from llmproxy.upload import ClientGone
 from llmproxy.upstream import NotSent, RequestBody, drop, translate
 
 #: Longest JSON answer of a backend that is read.
 MAX_ANSWER = 64 * 1024 * 1024
-#: A JSON answer of this size and more is read by its outline; others' streams go on meanwhile.
+#: A JSON answer of this size and more is read in parts; others' streams go on meanwhile.
 LARGE = 1024 * 1024
-#: One with more values than an outline may have is read in one go up to here; a longer one is not.
-MAX_IN_ONE_GO = 16 * 1024 * 1024
 #: Longest refusal of a backend that is read.
 MAX_REFUSAL = 1024 * 1024
 #: How long a backend may take to close a stream after its last event.
@@ -141,6 +140,7 @@ class Forward:
         "_timers",
         "_timing",
         "_too_much",
+        "_turns",
         "_until",
         "_used_up",
     )
@@ -152,6 +152,7 @@ class Forward:
         order: Order,
         down: Downstream,
         clock: IReactorTime,
+        turns: Turns,
         timing: Timing,
         on_chunk: Callable[[StreamMeter], None],
         lease: Lease | None = None,
@@ -159,6 +160,7 @@ class Forward:
         self._order = order
         self._down = down
         self._clock = clock
+        self._turns = turns
         self._timing = timing
         self._on_chunk = on_chunk
         self._sending: Deferred[Response] | None = None
@@ -297,7 +299,7 @@ class Forward:
             if end not in (_WHOLE, _UNFRAMED):
                 return self._cut_short(end, Reading())
             body = b"".join(self._parts)
-        reading = self._order.read(body if len(body) < LARGE else await self._outline(body))
+        reading = self._order.read(body if len(body) < LARGE else await self._in_short(body))
         if end is _UNFRAMED and not reading.answered:  # closed in the middle
             return self._ending(Outcome.TRUNCATED, reading, _BROKEN)
         answer = Answer(200, body, headers.for_client(response.fields))
@@ -317,16 +319,19 @@ class Forward:
             body += piece
         return Answer(200, bytes(body), [(b"Content-Type", content_type)])
 
-    async def _outline(self, body: bytes) -> bytes:
-        """What is to be read of a large answer; its usage is there as it was."""
-        outliner = Outliner()
+    async def _in_short(self, body: bytes) -> bytes:
+        """A large answer without its long members, of which usage is none."""
+        parts: Parts[None] = Parts(body, None, lambda place, name: None)
         try:
-            for start in range(0, len(body), BLOCK):
-                outliner.feed(body[start : start + BLOCK])
-                await deferLater(self._clock, 0)
-            return outliner.finish().text
-        except InvalidJSON:
-            return body[:MAX_IN_ONE_GO]
+            await self._turns.do(parts)
+        except InvalidJSON:  # so this is, too; usage is looked for at its end
+            return b"," + body[-BLOCK:]
+        short = [
+            body[member.key_start : member.value_end]
+            for member in parts.members
+            if member.value_end - member.value_start < BLOCK
+        ]
+        return b"{%b}" % b",".join(short)
 
     def _collect_up_to(self, limit: int) -> Callable[[bytes], None]:
         def collect(data: bytes) -> None:

@@ -7,7 +7,7 @@ their digits, members their order, unknown fields survive.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -41,22 +41,24 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(raw)
     except ValueError as error:
-        raise InvalidJSON(f"not valid JSON: {_reason(error)}") from None
+        raise InvalidJSON(f"not valid JSON: {reason(error)}") from None
     if not isinstance(value, dict):
         raise InvalidJSON("not a JSON object")
     return value
 
 
-def _reason(error: ValueError) -> str:
+def reason(error: ValueError, start: int = 0) -> str:
+    """Why orjson could not read a text, whose first byte is that of `start`."""
     # Only orjson's own words: `str(error)` of other ValueErrors could quote the document.
     if isinstance(error, orjson.JSONDecodeError):
-        return f"{error.msg} (byte {error.pos})"
+        return f"{error.msg} (byte {start + error.pos})"
     return "it can't be read"
 
 
+#: A pattern for a string in a valid text.
 # First as quickly as `re` goes: a quote behind a single backslash is not the end, and one behind
 # another character is. The second half is for any string: with a quote behind more backslashes.
-_STRING = (
+STRING = (
     rb'"(?:[^"]*+(?:"(?<=[^\\]\\")[^"]*+)*+"(?<!\\")'
     rb'|[^"\\]*+(?:\\.[^"\\]*+)*+")'
 )
@@ -67,18 +69,22 @@ _OTHER = rb'[^"{}\[\]]*+'
 def _balanced(depth: int) -> bytes:
     """A pattern for what can stand between brackets, with up to `depth` levels of its own."""
     deeper = rb"|[{\[]" + _balanced(depth - 1) + rb"[}\]]" if depth else b""
-    return _OTHER + rb"(?:(?:" + _STRING + deeper + rb")" + _OTHER + rb")*+"
+    return _OTHER + rb"(?:(?:" + STRING + deeper + rb")" + _OTHER + rb")*+"
 
+
+#: A pattern for what stands between brackets in a valid text. Real requests have no more than eight
+#: levels, and are read without a step in Python for each bracket.
+BALANCED = _balanced(8)
 
 _NEXT_BRACKETS = re.compile(
-    _OTHER + rb"(?:" + _STRING + _OTHER + rb")*+(?:([{\[]++)|([}\]]++))", re.DOTALL
+    _OTHER + rb"(?:" + STRING + _OTHER + rb")*+(?:([{\[]++)|([}\]]++))", re.DOTALL
 )
-# One member after the other: key, value, the last one's brace. Real requests have no more than
-# eight levels, and are read without a step in Python for each bracket. Deeper ones are no members
-# here, but a last match without a key.
+_NUMBERS = frozenset([int, float])
+# One member after the other: key, value, the last one's brace. Deeper ones are no members here, but
+# a last match without a key.
 _MEMBER = re.compile(
-    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + _STRING + rb")" + _SPACE + rb":" + _SPACE
-    + rb"(" + _STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + _balanced(8) + rb"[}\]])"
+    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + STRING + rb")" + _SPACE + rb":" + _SPACE
+    + rb"(" + STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + BALANCED + rb"[}\]])"
     + _SPACE + rb"(?:," + _SPACE + rb"|(\})" + _SPACE + rb"\Z)|.++",
     re.DOTALL,
 )  # fmt: skip
@@ -89,8 +95,8 @@ _SIMPLE = re.compile(
 )  # fmt: skip
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
 _OPEN = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*")
-_KEY = re.compile(rb"(" + _STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
-_SCALAR = re.compile(_STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
+_KEY = re.compile(rb"(" + STRING + rb")[ \t\r\n]*:[ \t\r\n]*", re.DOTALL)
+_SCALAR = re.compile(STRING + rb"|[^\"{}\[\],: \t\r\n]++", re.DOTALL)
 _NEXT = re.compile(rb"[ \t\r\n]*(?:,[ \t\r\n]*|(\}))")
 
 
@@ -150,14 +156,14 @@ def _members_at_any_depth(raw: bytes) -> list[Member]:
 
 
 def _append(found: list[Member], key: bytes, start: int, value_start: int, end: int) -> None:
-    if len(found) == MAX_MEMBERS:
-        raise too_many_members()
-    found.append(Member(_decode(key), start, value_start, end))
+    found.append(Member(decode_name(key), start, value_start, end))
+    refuse_too_many(found)
 
 
-def too_many_members() -> InvalidJSON:
-    """The error for an object with more than MAX_MEMBERS of them."""
-    return InvalidJSON(f"too complex: it has more than {MAX_MEMBERS} fields")
+def refuse_too_many(found: Sized) -> None:
+    """Raises InvalidJSON for more than MAX_MEMBERS of them."""
+    if len(found) > MAX_MEMBERS:
+        raise InvalidJSON(f"too complex: it has more than {MAX_MEMBERS} fields")
 
 
 def _match(pattern: re.Pattern[bytes], raw: bytes, position: int) -> re.Match[bytes]:
@@ -182,12 +188,18 @@ def _end_of_value(raw: bytes, position: int) -> int:
             return position + depth
 
 
-def _decode(string: bytes) -> str:
+def decode_name(string: bytes) -> str:
+    """The name that a string's text means. Raises InvalidJSON."""
     try:
         key = orjson.loads(string)
     except ValueError:
         raise InvalidJSON("not a JSON object: a name can't be read") from None
     return str(key)
+
+
+def are_numbers(values: list[Any]) -> bool:
+    """Whether a list has nothing but numbers."""
+    return _NUMBERS.issuperset(map(type, values))
 
 
 def duplicate(found: Sequence[Member]) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmproxy.endpoints import Endpoint, Shape
+from llmproxy.jsonbytes import are_numbers
 
 # Where content may stand in a body.
 _CONTENT = frozenset(["messages", "input", "system", "instructions"])
@@ -27,8 +28,6 @@ _MEDIA = frozenset(
         *("image", "audio", "video", "images", "audios", "videos"),
     ]
 )
-# Lists whose items may be of several types.
-_MIXED = frozenset(["messages", "content"])
 # Servers of tools, in the dialects of responses and of messages.
 _TOOLS = {"tools": "server_url", "mcp_servers": "url"}
 _LOOKED_INTO = _MEDIA | _WITHIN
@@ -49,8 +48,44 @@ def remote_url(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
     That is any text but a `data:` URL where a medium's URL belongs (SGLang takes paths, too), and
     the URL of a server of tools.
     """
-    roots = _TEXT_ROOTS if endpoint.shape is _EMBEDDING else _ROOTS
-    waiting = [(name, [value]) for name, value in body.items() if name in roots]
+    roots = _roots(endpoint)
+    found = _fetched([(name, [value]) for name, value in body.items() if name in roots])
+    if found is not None or _TOOLS.keys().isdisjoint(body):
+        return found
+    return _tool_server(body)
+
+
+def in_part(medium: str | None, value: list[Any] | dict[str, Any]) -> str | None:
+    """The same in a part of what is `medium`: some of its items, or some of its members."""
+    if medium is None:
+        return None
+    if medium in _TOOLS:
+        return _tool_server({medium: value})
+    if isinstance(value, dict):
+        return _fetched(_fields(medium, value))
+    return None if are_numbers(value) else _fetched([(medium, value)])
+
+
+def at_top(endpoint: Endpoint, name: str) -> str | None:
+    """What a member of a body is as a medium, or has media in it; None if it is nothing such."""
+    return name if name in _roots(endpoint) or name in _TOOLS else None
+
+
+def within(medium: str | None, name: str) -> str | None:
+    """The same of a member of an object that is `medium`."""
+    key = name.casefold()  # servers in Go take any case
+    if medium is None or medium in _TOOLS:
+        return None
+    if key in _LOOKED_INTO:
+        return key
+    return f"{medium}.url" if key == "url" and medium in _HAS_URL else None
+
+
+def _roots(endpoint: Endpoint) -> frozenset[str]:
+    return _TEXT_ROOTS if endpoint.shape is _EMBEDDING else _ROOTS
+
+
+def _fetched(waiting: list[tuple[str, list[Any]]]) -> str | None:
     while waiting:
         name, values = waiting.pop()
         is_fetched = name in _FETCHED
@@ -64,23 +99,17 @@ def remote_url(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
                 is_plain = len(value) == 2 and "role" in value and type(value.get("content")) is str
                 if not is_plain:
                     waiting += _fields(name, value)
-            elif kind is list and not _is_tokens(name, value):
+            elif kind is list and not (value and type(value[0]) is int and are_numbers(value)):
                 waiting.append((name, value))
-    return None if _TOOLS.keys().isdisjoint(body) else _tool_server(body)
-
-
-def _is_tokens(name: str, values: list[Any]) -> bool:
-    return bool(values) and type(values[0]) is int and name not in _MIXED
+    return None
 
 
 def _fields(parent: str, part: dict[str, Any]) -> list[tuple[str, list[Any]]]:
     found = []
     for key, value in part.items():
-        name = key.casefold()  # servers in Go take any case
-        if name in _LOOKED_INTO:
+        name = within(parent, key)
+        if name is not None:
             found.append((name, [value]))
-        elif name == "url" and parent in _HAS_URL:
-            found.append((f"{parent}.url", [value]))
     return found
 
 

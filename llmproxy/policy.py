@@ -110,6 +110,8 @@ class Ask(NamedTuple):
 NOTHING_ASKED = Ask()
 
 _WATCHED = frozenset([*REFUSED, *_REFUSED_WITHIN, "encoding_format"])
+#: Names that are looked for in the objects that some fields are.
+WATCHED_WITHIN = frozenset().union(*_REFUSED_WITHIN.values())
 #: Fields that are looked at here, in the one spelling that they may have.
 NAMES = _WATCHED.union(_ANSWERS, _PROMPTS, _LENGTHS, *_BATCHES.values(), media.NAMES)
 _SEVERAL = frozenset([*_ANSWERS, *_PROMPTS])
@@ -117,16 +119,42 @@ _SEVERAL = frozenset([*_ANSWERS, *_PROMPTS])
 _EMBEDDING = Shape.EMBEDDING
 
 
-def check(endpoint: Endpoint, body: Mapping[str, Any], backend: Backend) -> None:
-    """Raises BadRequest, with the field's name in `param`, if `backend` is not to get this body."""
+class Items:
+    """A list of which is known how many items it has, and whether it is one text in tokens."""
+
+    __slots__ = ("_are_tokens", "_count")
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._are_tokens = False
+
+    def add(self, items: list[Any]) -> None:
+        """The next items of it."""
+        if not self._count:
+            self._are_tokens = _are_tokens(items)
+        self._count += len(items)
+
+    @property
+    def texts(self) -> int:
+        """How many texts there are."""
+        return 1 if self._are_tokens else self._count
+
+
+def check(
+    endpoint: Endpoint, body: Mapping[str, Any], remote_url: str | None, backend: Backend
+) -> None:
+    """Raises BadRequest, with the field's name in `param`, if `backend` is not to get this body.
+
+    `remote_url`: what `media.remote_url` says of it.
+    """
     if not _WATCHED.isdisjoint(body):
         _check_fields(body)
     _check_amount(endpoint, body, backend)
-    if not backend.media_urls and (name := media.remote_url(endpoint, body)) is not None:
+    if remote_url is not None and not backend.media_urls:
         raise BadRequest(
-            f"{name!r} would have the model's server fetch something, which is not allowed for this"
-            " model: send the content itself, in a 'data:' URL.",
-            param=name,
+            f"{remote_url!r} would have the model's server fetch something, which is not allowed"
+            " for this model: send the content itself, in a 'data:' URL.",
+            param=remote_url,
         )
 
 
@@ -184,9 +212,13 @@ def _items(value: object) -> int:
     """How many texts there are: a list of numbers is one, in tokens."""
     if value is None:
         return 0
-    if not isinstance(value, list):
-        return 1
-    return 1 if value and isinstance(value[0], int) else len(value)
+    if isinstance(value, list):
+        return 1 if _are_tokens(value) else len(value)
+    return value.texts if isinstance(value, Items) else 1
+
+
+def _are_tokens(items: Any) -> bool:
+    return bool(items) and isinstance(items[0], int)
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:

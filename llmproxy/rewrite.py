@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from llmproxy import policy
+from llmproxy import media, policy
+from llmproxy.affinity import affinity, affinity_of_large
 from llmproxy.endpoints import Endpoint, Shape
 from llmproxy.errors import BadRequest
 from llmproxy.jsonbytes import (
-    MAX_MEMBERS,
     InvalidJSON,
     Member,
     append,
@@ -24,10 +24,10 @@ from llmproxy.jsonbytes import (
     members,
     members_of,
     parse_object,
+    refuse_too_many,
     replace,
-    too_many_members,
 )
-from llmproxy.outline import Outline
+from llmproxy.survey import Survey
 
 #: Longest name of a model, in characters.
 MAX_MODEL = 256
@@ -55,7 +55,9 @@ class JSONRequest(NamedTuple):
     `body`: its members, or after `lightened` what is asked for later.
     `show_usage`, `show_continuous`: the client asked for the usage chunk, for running counts.
     `several`: it may ask for several answers, whose running counts are not those of the whole.
+    `remote_url`: a field that would have the backend fetch something.
     `members`: where those are that could have to be replaced, if there are others than its model.
+    `in_short`: `body` is that of a survey, and `members` are all.
     """
 
     raw: bytes
@@ -65,27 +67,36 @@ class JSONRequest(NamedTuple):
     show_usage: bool = False
     show_continuous: bool = False
     several: bool = False
+    remote_url: str | None = None
     members: Sequence[Member] = ()
+    in_short: bool = False
+
+    def opening(self) -> bytes:
+        """What the requests of one conversation have in common; of one before it is `lightened`."""
+        if self.in_short:
+            return affinity_of_large(self.raw, self.members)
+        return affinity(self.body)
 
     def __repr__(self) -> str:
         return f"JSONRequest(model={self.model!r}, stream={self.stream})"  # and not the prompt
 
 
-def plan(endpoint: Endpoint, raw: bytes, outline: Outline | None = None) -> JSONRequest:
+def plan(endpoint: Endpoint, raw: bytes, survey: Survey | None = None) -> JSONRequest:
     """Read a request's body. Raises BadRequest (400) with the field's name in `param`.
 
-    `outline`: that of a large body. Then all that is read here but the fields that decide is cut:
-    strings after 256 bytes, and rows of numbers.
+    `survey`: that of a large body, which it has gone through.
     """
     found: Sequence[Member] = ()
     try:
-        if outline is not None:
-            body, found = _read_outline(raw, outline)
+        if survey is not None:
+            body, found = _read_survey(raw, survey)
+            remote_url = survey.remote_url
         else:
             body = parse_object(raw)
             _refuse_ambiguous(raw, body, _OURS, "")
             if "stream_options" in body or "store" in body:
                 found = members_of(raw, [key for key in _REPLACED if key in body])
+            remote_url = media.remote_url(endpoint, body)
     except InvalidJSON as error:
         raise refusal(error) from None
     stream = _stream(endpoint, body)
@@ -102,7 +113,9 @@ def plan(endpoint: Endpoint, raw: bytes, outline: Outline | None = None) -> JSON
         show_usage,
         show_usage and options.get("continuous_usage_stats") is True,
         policy.choices(body) > 1,
+        remote_url,
         found,
+        survey is not None,
     )
 
 
@@ -123,13 +136,11 @@ def refusal(error: InvalidJSON) -> BadRequest:
     return BadRequest(f"The request body is {error}.")
 
 
-def _read_outline(raw: bytes, outline: Outline) -> tuple[dict[str, Any], list[Member]]:
-    body = parse_object(outline.text)
-    found = members(outline.text)
+def _read_survey(raw: bytes, survey: Survey) -> tuple[dict[str, Any], list[Member]]:
+    body, found = survey.body, survey.members
     if len(found) != len(body):
         raise _twice(found)
     _refuse_spelling(body, _OURS)
-    found = outline.whole(found)
     for key in _WHOLE:
         if key in body:
             value = _value(raw, found, key)
@@ -187,8 +198,7 @@ def _twice(found: Sequence[Member], prefix: str = "") -> BadRequest:
 
 
 def _refuse_spelling(value: dict[str, Any], ours: frozenset[str], prefix: str = "") -> None:
-    if len(value) > MAX_MEMBERS:
-        raise too_many_members()
+    refuse_too_many(value)
     for key in value:
         if key not in ours and (name := key.casefold()) in ours:
             name = prefix + name

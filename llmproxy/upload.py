@@ -14,8 +14,6 @@ from llmproxy.errors import BodyTooLarge, RequestTimeout
 
 #: How much may wait here before the client is held up.
 HIGH_WATER = 64 * 1024
-#: A body that is read whole comes in blocks of so many bytes at least, or is small.
-BLOCK = HIGH_WATER
 #: A body has this time, and on top as long as it takes at this rate, in bytes a second: who drips
 #: it is not waited for, though never silent.
 BODY_S, MIN_RATE = 60.0, 1024
@@ -83,25 +81,14 @@ class Upload:
         self._taken_bytes, self._waiting_bytes = self._waiting_bytes, 0
         return body
 
-    async def read(
-        self, limit: int, timeout_s: float, look: Callable[[bytes], None] | None = None
-    ) -> bytes:
-        """The whole body, up to `limit` bytes. Raises BodyTooLarge, RequestTimeout, ClientGone.
-
-        `look` gets it in blocks as it comes, unless it is smaller than one.
-        """
+    async def read(self, limit: int, timeout_s: float) -> bytes:
+        """The whole body, up to `limit` bytes. Raises BodyTooLarge, RequestTimeout, ClientGone."""
         self.refuse_over(limit)
         body = bytearray()  # parts of a few bytes each would take many times their size
-        looked = 0
         while (chunk := await self.next(timeout_s)) is not None:
             body += chunk
             if len(body) > limit:
                 raise too_large(limit)
-            if look is not None and len(body) - looked >= BLOCK:
-                look(bytes(memoryview(body)[looked:]))
-                looked = len(body)
-        if look is not None and looked:
-            look(bytes(memoryview(body)[looked:]))
         return bytes(body)
 
     def refuse_over(self, limit: int) -> None:

@@ -69,19 +69,19 @@ async def test_a_whole_answer_is_passed_on_and_billed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "outlined"),
-    [("x" * 100_000, False), ("x" * 300_000, True), ([{"x": {}}] * 15_000, True)],
+    ("content", "surveyed"),
+    [("x" * 100_000, False), ("x" * 300_000, True), ([{"x": {}}] * 1_500, True)],
     ids=["a long text", "a longer one", "many values"],
 )
 @pytest_twisted.ensureDeferred
 async def test_a_body_is_read_as_a_whole_where_that_takes_little(
-    tmp_path: Path, content: Any, outlined: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, content: Any, surveyed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[Any] = []
 
-    def plan(endpoint: Any, raw: bytes, outline: Any = None) -> rewrite.JSONRequest:
-        plans.append(outline)
-        return read(endpoint, raw, outline)
+    def plan(endpoint: Any, raw: bytes, survey: Any = None) -> rewrite.JSONRequest:
+        plans.append(survey)
+        return read(endpoint, raw, survey)
 
     read = rewrite.plan
     monkeypatch.setattr(rewrite, "plan", plan)
@@ -90,7 +90,7 @@ async def test_a_body_is_read_as_a_whole_where_that_takes_little(
         async with proxy_for(tmp_path, backend) as proxy:
             assert (await proxy.post(CHAT, body)).status == 200
             assert backend.requests[0].body == body
-            assert [outline is not None for outline in plans] == [outlined]
+            assert [survey is not None for survey in plans] == [surveyed]
 
 
 @pytest_twisted.ensureDeferred

@@ -35,6 +35,7 @@ from llmproxy.errors import (
 from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Lease, Order, Timing
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import Counts, Kind, Outcome, Reading
+from llmproxy.steps import Turns
 from llmproxy.upstream import NotSent, Upstream
 
 SILENCE_S, KEEPALIVE_S, DRAIN_S = 60.0, 15.0, 300.0
@@ -95,6 +96,7 @@ class Story:
             order,
             self.down,
             clock,
+            Turns(clock),
             Timing(SILENCE_S, keepalive_s),
             lambda meter: self.chunks.append(meter.content_events),
             lease,

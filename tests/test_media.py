@@ -7,10 +7,13 @@ requests' classes in vLLM 0.33 and SGLang 0.5.23, and of llama.cpp's server.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import orjson
 import pytest
+from surveys import SIZES, surveyed
 
+from llmproxy import parts
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.media import remote_url
 
@@ -34,6 +37,16 @@ def item(*parts: Any) -> dict[str, Any]:
 def result(part: Any) -> dict[str, Any]:
     """A tool's result in messages."""
     return user({"type": "tool_result", "tool_use_id": "t", "content": [part]})
+
+
+def found(path: str, body: dict[str, Any]) -> str | None:
+    """What is found in a body; it is the same in its parts, of whatever size they are."""
+    endpoint = ENDPOINTS[path]
+    name = remote_url(endpoint, body)
+    for run, block in SIZES:
+        with patch.multiple(parts, RUN=run, BLOCK=block):
+            assert surveyed(endpoint, orjson.dumps(body)).remote_url == name
+    return name
 
 
 URL = "@"  # where the URL goes
@@ -136,27 +149,37 @@ ODD = ["//example.org/cat.png", "/etc/passwd.png", "\\\\host\\share", "example.o
 @pytest.mark.parametrize(("path", "form", "name"), FORMS)
 def test_a_remote_url_is_found_by_the_name_of_its_field(path, form, name):
     for url in REMOTE + (ODD if name != "file_data" else []):
-        assert remote_url(ENDPOINTS[path], filled(form, url)) == name, url
+        assert found(path, filled(form, url)) == name, url
 
 
 @pytest.mark.parametrize(("path", "form", "name"), FORMS)
 def test_content_in_the_request_itself_passes(path, form, name):
-    assert remote_url(ENDPOINTS[path], filled(form, DATA)) is None
-    assert remote_url(ENDPOINTS[path], filled(form, "data:,")) is None
+    assert found(path, filled(form, DATA)) is None
+    assert found(path, filled(form, "data:,")) is None
 
 
 def test_escapes_in_names_hide_nothing():
     part = b'{"im\\u0061ge_url":{"\\u0075rl":"http:\\/\\/a"}}'
     body = orjson.loads(b'{"messages":[{"role":"user","content":[%b]}]}' % part)
-    assert remote_url(ENDPOINTS[CHAT], body) == "image_url.url"
+    assert found(CHAT, body) == "image_url.url"
 
 
 def test_the_servers_of_tools_are_found():
     mcp = {"type": "mcp", "server_label": "x", "server_url": "https://example.org/mcp"}
-    found = remote_url(ENDPOINTS[RESPONSES], {"input": "x", "tools": [{"type": "function"}, mcp]})
-    assert found == "tools.server_url"
-    found = remote_url(ENDPOINTS[MESSAGES], {"mcp_servers": [{"type": "url", "url": "https://a"}]})
-    assert found == "mcp_servers.url"
+    told = found(RESPONSES, {"input": "x", "tools": [{"type": "function"}, mcp]})
+    assert told == "tools.server_url"
+    told = found(MESSAGES, {"mcp_servers": [{"type": "url", "url": "https://a"}]})
+    assert told == "mcp_servers.url"
+
+
+def test_many_things_before_it_hide_nothing():
+    image = {"image_url": {"url": "http://a"}}
+    text = {"type": "text", "text": "x"}
+    many: list[list[Any]] = [[1] * 5000, ["x" * 99] * 500, [[]] * 5000, [text] * 500]
+    for before in many:
+        assert found(CHAT, {"messages": [*before, image]}) == "image_url.url"
+        assert found(RESPONSES, {"input": [*before, {"content": [*before, image]}]}) is not None
+        assert found(RESPONSES, {"tools": [*before, {"server_url": "http://a"}]}) is not None
 
 
 LINK = "https://example.org/a.png"
@@ -253,7 +276,7 @@ HARMLESS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "body"), HARMLESS)
 def test_what_only_looks_like_a_link_to_content_passes(path, body):
-    assert remote_url(ENDPOINTS[path], body) is None
+    assert found(path, body) is None
 
 
 @pytest.mark.parametrize("name", ["messages", "input", "image_url"])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from llmproxy import __version__, audio, dialects, errors, headers, outline, policy, rewrite
+from llmproxy import __version__, audio, dialects, errors, headers, policy, rewrite, survey
 from llmproxy.admin import admin_resource
 from llmproxy.endpoints import ENDPOINTS, Body, Dialect, Endpoint
 from llmproxy.errors import ProxyError
@@ -117,7 +117,7 @@ def test_examples_are_understood(endpoint: Endpoint) -> None:
 
 def test_limits_are_ours() -> None:
     assert SCHEMAS["ModelName"]["maxLength"] == rewrite.MAX_MODEL == audio.MAX_MODEL
-    assert f"{outline.MAX_VALUES:,} values" in SCHEMAS["Request"]["description"]
+    assert f"{survey.MAX_VALUES:,} values" in SCHEMAS["Request"]["description"]
     form = fields(SCHEMAS["AudioForm"])
     assert tuple(form["response_format"]["enum"]) == audio.RESPONSE_FORMATS
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmproxy import policy
+from llmproxy import media, policy
 from llmproxy.config import Backend
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.errors import BadRequest
@@ -20,7 +20,8 @@ EMBEDDINGS = ENDPOINTS["/v1/embeddings"]
 
 
 def check(body: dict[str, Any], endpoint=CHAT, **limits: Any) -> None:
-    policy.check(endpoint, body, Backend(name="m", url="http://a", device="gpu", **limits))
+    backend = Backend(name="m", url="http://a", device="gpu", **limits)
+    policy.check(endpoint, body, media.remote_url(endpoint, body), backend)
 
 
 def refused(body: dict[str, Any], endpoint=CHAT, **limits: Any) -> str | None:

@@ -9,7 +9,7 @@ from deferreds import failure_of, is_waiting, result_of, started
 from twisted.internet.task import Clock
 
 from llmproxy.errors import BodyTooLarge, RequestTimeout
-from llmproxy.upload import BLOCK, BODY_S, HIGH_WATER, MIN_RATE, ClientGone, Upload
+from llmproxy.upload import BODY_S, HIGH_WATER, MIN_RATE, ClientGone, Upload
 
 
 class Flow:
@@ -168,32 +168,8 @@ def test_a_client_that_leaves_after_the_time_ran_out_is_no_second_error(flow, cl
     flow.upload.lost()
 
 
-@pytest.mark.parametrize("size", [1, 100, BLOCK - 1])
-def test_a_small_body_is_looked_at_as_a_whole_only(flow, size):
-    looked: list[bytes] = []
-    reading = started(flow.upload.read(BLOCK, 5, looked.append))
-    for _ in range(size):
-        flow.upload.received(b"x")
-    flow.upload.ended()
-    assert result_of(reading) == b"x" * size
-    assert looked == []
-
-
-@pytest.mark.parametrize("part", [7, BLOCK - 1, BLOCK, 3 * BLOCK])
-def test_a_large_body_is_looked_at_in_blocks_as_it_comes(flow, part):
-    body = bytes(range(256)) * (3 * BLOCK // 256)
-    looked: list[bytes] = []
-    reading = started(flow.upload.read(len(body), 5, looked.append))
-    for at in range(0, len(body), part):
-        flow.upload.received(body[at : at + part])
-        assert len(body[: at + part]) - sum(map(len, looked)) < BLOCK
-    flow.upload.ended()
-    assert result_of(reading) == b"".join(looked) == body
-    assert all(len(block) >= BLOCK for block in looked[:-1])
-
-
 def test_a_body_in_tiny_parts_takes_no_more_memory_than_it_is_long(flow):
-    body = bytes(2 * BLOCK)
+    body = bytes(2 * HIGH_WATER)
     reading = started(flow.upload.read(len(body), 5))
     tracemalloc.start()
     try:
@@ -205,7 +181,7 @@ def test_a_body_in_tiny_parts_takes_no_more_memory_than_it_is_long(flow):
     finally:
         tracemalloc.stop()
     assert len(result_of(reading)) == len(body)
-    assert peak < 2.5 * len(body) + BLOCK
+    assert peak < 2.5 * len(body) + HIGH_WATER
 
 
 @pytest.mark.parametrize("part", [1, 500, MIN_RATE])

@@ -18,15 +18,15 @@ from backend import ScriptedBackend, json_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from json_suite import VECTORS
-from outlines import plan_both
 from proxy import ProxyHandle, running_proxy
+from surveys import plan_both
 from tally import LONG, Tally
 
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.errors import BadRequest
 from llmproxy.jsonbytes import InvalidJSON, append, members, parse_object, replace
-from llmproxy.outline import MAX_VALUES
 from llmproxy.rewrite import body_for
+from llmproxy.survey import MAX_VALUES
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -54,13 +54,11 @@ def expected(name: str) -> set[int]:
     return {"y": {200}, "n": {400}, "i": {200, 400}}[name[0]]
 
 
-@pytest.mark.parametrize("cut", [None, 1, 7, 4096])
-def test_both_ways_agree_on_each_vector(cut: int | None) -> None:
+def test_both_ways_agree_on_each_vector() -> None:
     tally = Tally("JSONTestSuite, both ways")
     for name, body in bodies():
-        cuts = range(cut, len(body), cut) if cut and len(body) < 2000 * cut else ()
         try:
-            plan_both(CHAT, body, cuts)
+            plan_both(CHAT, body)
             status = 200
         except BadRequest as error:
             status = error.status
@@ -121,7 +119,6 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.jus
 VALUES = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4)
 )
-CUTS = st.lists(st.integers(0, 10**6), max_size=5)
 
 
 @st.composite
@@ -152,13 +149,13 @@ def test_what_passes_is_read_alike_by_all_servers() -> None:
     passed = 0
 
     @settings(max_examples=10_000 if LONG else 500, deadline=None)
-    @given(texts(), CUTS)
-    def each(raw: bytes, cuts: list[int]) -> None:
+    @given(texts())
+    def each(raw: bytes) -> None:
         nonlocal passed
         assert raw.count(b",") < MAX_VALUES
         tally.add(repr(raw), True)
         try:
-            request = plan_both(CHAT, raw, [cut % (len(raw) + 1) for cut in cuts])
+            request = plan_both(CHAT, raw)
         except BadRequest:
             return
         passed += 1
@@ -170,7 +167,7 @@ def test_what_passes_is_read_alike_by_all_servers() -> None:
 
     each()
     tally.check(at_least=400)
-    assert passed > tally.tried / 20  # not all are refused
+    assert passed > tally.tried / 50  # not all are refused
 
 
 def test_places_in_any_text_are_found_or_refused() -> None:

@@ -44,7 +44,7 @@ PROMPT, TOKENS = 7, 3
 GROWTH_MIB = 12
 #: A large input, and what it may cost: so many times its bytes, and some pages that come with it.
 LARGE_MIB = 16 if LONG else 3
-TIMES, SLACK_MIB = 10, 4
+TIMES, SLACK_MIB = 10, 2
 PULSE = Path(__file__).parent.with_name("threats") / "pulse.py"
 ANSWER = re.compile(rb"HTTP/1\.[01] (\d{3}) [^\r\n]*\r\n")
 

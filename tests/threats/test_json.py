@@ -31,6 +31,9 @@ from pulse import pulse_of
 from rig import Rig
 from tally import LONG
 
+from llmproxy.parts import LONG_VALUE
+from llmproxy.survey import MAX_VALUES
+
 MIB = 1024 * 1024
 PULSE = Path(__file__).with_name("pulse.py")
 CHAT, MESSAGES, AUDIO = "/v1/chat/completions", "/v1/messages", "/v1/audio/transcriptions"
@@ -43,8 +46,8 @@ REFUSAL_S, STALL_S = (0.1, 0.05) if LONG else (0.3, 0.1)
 
 
 def most_memory(body: bytes) -> int:
-    """What one request may take: ten times its bytes; and what any may, while its body is read."""
-    return 10 * len(body) + 6 * MIB
+    """What one request may take: ten times its bytes; and pages that come with any."""
+    return 10 * len(body) + MIB
 
 
 # --- a proxy in a process of its own, and a server that counts ---------------------------------
@@ -416,26 +419,27 @@ def test_the_largest_body_passes_in_twice_its_memory_and_on_no_disk(
 
 
 SHORT = 64 * 1024 - 1
+#: How many that are nested deeply may stand in a body.
+DEEP = MAX_VALUES // LONG_VALUE // 1000
 PARTS = b'{"content":[{"image_url":{"url":"data:,"}}]},'
-#: As many values as a body may have. A short one is read as it is.
+#: As many values as a body may have.
 COMPLEX = {
     "short arrays": filled(b"[[[]]],", SHORT, ASK + b"[", b"1]}"),
-    "short deep arrays": filled(b"[" * 1000 + b"]" * 1000 + b",", SHORT, ASK + b"[", b"1]}"),
     "short objects": filled(b'{"a":{}},', SHORT, ASK + b"[", b"1]}"),
-    "short deep objects": filled(
-        b'{"":' * 900 + b"1" + b"}" * 900 + b",", SHORT, ASK + b"[", b"1]}"
-    ),
     "short strings": filled(b'"a\xc3\xa9",', SHORT, ASK + b"[", b"1]}"),
     "short escapes": filled(b'"\\n",', SHORT, ASK + b"[", b"1]}"),
     "short numbers": filled(b"999,", SHORT, ASK + b"[", b"1]}"),
-    "arrays": ASK + b"[" + b"[]," * 24_900 + b"1]" + b" " * 65536 + b"}",
-    "objects": ASK + b"[" + b'{"a":{}},' * 16_600 + b"1]}",
-    "deep arrays": ASK + b"[" + (b"[" * 1000 + b"]" * 1000 + b",") * 49 + b"1]}",
-    "deep objects": ASK + b"[" + (b'{"content":' * 1000 + b"1" + b"}" * 1000 + b",") * 49 + b"1]}",
-    "nameless objects": ASK + b"[" + (b'{"":' * 1000 + b"1" + b"}" * 1000 + b",") * 49 + b"1]}",
-    "strings": ASK + b"[" + b'"%b",' % (b"x" * 60) * 49_900 + b"1]}",
-    "names": ASK + b"{" + b",".join(b'"%x":1' % n for n in range(49_900)) + b"}}",
-    "messages": b'{"model":"m","messages":[' + PARTS * 9_900 + b"{}]}",
+    "arrays": ASK + b"[" + b"[]," * (MAX_VALUES // 2 - 99) + b"1]" + b" " * 65536 + b"}",
+    "objects": ASK + b"[" + b'{"a":{}},' * (MAX_VALUES // 3 - 99) + b"1]}",
+    "deep arrays": ASK + b"[" + (b"[" * 1000 + b"]" * 1000 + b",") * DEEP + b"1]}",
+    "deep objects": ASK
+    + b"["
+    + (b'{"content":' * 1000 + b"1" + b"}" * 1000 + b",") * DEEP
+    + b"1]}",
+    "nameless objects": ASK + b"[" + (b'{"":' * 1000 + b"1" + b"}" * 1000 + b",") * DEEP + b"1]}",
+    "strings": ASK + b"[" + b'"%b",' % (b"x" * 60) * (MAX_VALUES - 99) + b"1]}",
+    "names": ASK + b"{" + b",".join(b'"%x":1' % n for n in range(MAX_VALUES - 99)) + b"}}",
+    "messages": b'{"model":"m","messages":[' + PARTS * (MAX_VALUES // 5 - 99) + b"{}]}",
 }
 
 

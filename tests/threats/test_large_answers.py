@@ -1,4 +1,4 @@
-"""A large answer that is no stream: read by its outline, so that nobody waits, and not changed."""
+"""A large answer that is no stream: read in parts, so that nobody waits, and not changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from speech import CHAT, EMBEDDINGS, Speech
 
 from llmproxy import forward
 from llmproxy.jsonbytes import parse_object
-from llmproxy.outline import MAX_OUTLINE, MAX_VALUES
+from llmproxy.parts import BLOCK
 
 MIB = 1024 * 1024
 USED = {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}
@@ -63,32 +63,21 @@ async def bodies(folder: Path, speech: Speech, body: bytes) -> tuple[Any, ...]:
     [
         (EMBEDDINGS, of_vectors(), ("settled", 3, None)),
         (CHAT, of_text(), ("settled", 3, 2)),
+        (CHAT, of_values(200_000), ("settled", 3, 2)),
         (CHAT, {**of_text(), "usage": {"prompt_tokens": -1}}, ("disputed", None, None)),
         (CHAT, {**of_text(), "usage": None}, ("disputed", None, None)),
     ],
-    ids=["vectors", "text", "absurd usage", "no usage"],
+    ids=["vectors", "text", "many values", "absurd usage", "no usage"],
 )
 @pytest_twisted.ensureDeferred
-async def test_of_a_large_answer_only_the_outline_is_parsed(
+async def test_a_large_answer_is_never_read_in_one_go(
     tmp_path: Path, parsed: list[int], speech: Speech, answer: dict[str, Any], row: tuple[Any, ...]
 ) -> None:
     body = orjson.dumps(answer)
     assert len(body) > forward.LARGE
     assert await bodies(tmp_path, speech, body) == row
     assert len(parsed) == 1
-    assert parsed[0] < len(body) / 4 < MAX_OUTLINE
-
-
-@pytest_twisted.ensureDeferred
-async def test_an_answer_of_many_values_is_parsed_whole_up_to_a_bound(
-    tmp_path: Path, parsed: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    body = orjson.dumps(of_values(2 * MAX_VALUES))
-    assert await bodies(tmp_path, CHAT, body) == ("settled", 3, 2)
-    monkeypatch.setattr(forward, "MAX_IN_ONE_GO", len(body) - 1)
-    (tmp_path / "other").mkdir()
-    assert await bodies(tmp_path / "other", CHAT, body) == ("disputed", None, None)
-    assert parsed == [len(body), len(body) - 1]
+    assert parsed[0] < BLOCK
 
 
 @pytest_twisted.ensureDeferred
