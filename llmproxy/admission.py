@@ -69,12 +69,11 @@ class Admission:
     async def _json(self, sent: Fields, account: Account) -> Admitted:
         if headers.media_type(sent) != b"application/json":
             raise UnsupportedMediaType("Content-Type must be application/json.")
-        endpoint = self._endpoint
-        raw = self._request.upload.at_once(self._config.max_json_body)
-        if raw is not None and is_short(raw):
-            request = rewrite.plan(endpoint, raw)
-        else:
-            request = await self._large(raw)
+        endpoint, config, upload = self._endpoint, self._config, self._request.upload
+        raw = upload.at_once(config.max_json_body)
+        if raw is None:
+            raw = await upload.read(config.max_json_body, config.timeout_read)
+        request = rewrite.plan(endpoint, raw) if is_short(raw) else await self._large(raw)
         self.model = request.model
         model = self._backends.find(request.model, account.models)
         policy.check(endpoint, request.body, request.remote_url, model.backend)
@@ -109,13 +108,7 @@ class Admission:
 
         return Admitted(model, order, ask, same)
 
-    async def _large(self, raw: bytes | None) -> rewrite.JSONRequest:
-        """The request in a body that has still to come, or that is large."""
-        if raw is None:
-            config = self._config
-            raw = await self._request.upload.read(config.max_json_body, config.timeout_read)
-        if is_short(raw):
-            return rewrite.plan(self._endpoint, raw)
+    async def _large(self, raw: bytes) -> rewrite.JSONRequest:
         survey = Survey(self._endpoint, raw)
         try:
             await self._turns.do(survey.steps())
