@@ -1,9 +1,10 @@
 """A reactor for many small messages: Twisted's own on epoll, with the costs per message taken out.
 
-Two things differ in that. Bytes are sent where they are written, and only what the socket does not
-take waits for epoll to say that it will: Twisted registers for writing, and sends in the next
-round, which takes two more system calls for each message. And what is ready is read without a
-logging context of its own around each read. Together they are half of what a message costs there.
+Three things differ in that. Bytes are sent where they are written, and only what the socket does
+not take waits for epoll to say that it will: Twisted registers for writing, and sends in the next
+round, which takes two more system calls for each message. What is ready is read without a logging
+context of its own around each read. Together they are half of what a message costs there. And a
+round is a wait and the reads, where no call can be due.
 
 Who comes while no file descriptor is left waits in the kernel's queue: Twisted accepts all of them
 by means of one that it keeps for that, closes them at once, and logs each.
@@ -45,6 +46,8 @@ SEND_SIZE = 16 * 1024
 _AGAIN = (errno.EAGAIN, errno.ENOBUFS)
 #: How long nobody is accepted when that failed, and how often it is logged.
 REST_S, TELL_S = 1.0, 60.0
+#: A longer wait than this is left to Twisted, which knows how long epoll can wait.
+LONGEST_WAIT_S = 3600.0
 #: What concerns the one connection alone, which has gone again or may not come.
 _NOT_OURS = (errno.ECONNABORTED, errno.EPERM)
 
@@ -70,7 +73,16 @@ class _SendsAtOnce(tcp.Connection):
 
     def write(self, data: bytes) -> None:
         """Send now what the socket takes; the rest waits, and counts for back-pressure."""
-        if self._tempDataLen or self.dataBuffer or self._must_wait():
+        if (
+            self._tempDataLen
+            or self.dataBuffer
+            or not self.connected
+            or self._aborting
+            or self._writeDisconnected
+            or self.TLS
+            # One that is pulled from is called from the reactor's round alone.
+            or (self.producer is not None and not self.streamingProducer)
+        ):
             super().write(data)
             return
         try:
@@ -86,12 +98,6 @@ class _SendsAtOnce(tcp.Connection):
     def writeSequence(self, iovec: Any) -> None:
         """The same, in one piece."""
         self.write(b"".join(iovec))
-
-    def _must_wait(self) -> bool:
-        if not self.connected or self._aborting or self._writeDisconnected or self.TLS:
-            return True
-        # A producer that is pulled from is called from the reactor's round alone.
-        return self.producer is not None and not self.streamingProducer
 
     def _isSendBufferFull(self) -> bool:
         return len(self.dataBuffer) - self.offset + self._tempDataLen > SEND_SIZE
@@ -215,11 +221,31 @@ class Reactor(_Transports, EPollReactor):
     #: See `IReactorTime.seconds`; but since some moment, and not since 1970.
     seconds = staticmethod(time.monotonic)
 
+    def mainLoop(self) -> None:
+        """Twisted's, but calls that are due are looked for only where there can be one."""
+        while self._started:
+            try:
+                self._round()
+            except Exception:
+                log.failure("a round of the reactor failed")
+
+    def _round(self) -> None:
+        # On its own, as Python 3.11 makes faster what is called often, and not what runs for ever.
+        calls = self._pendingTimedCalls
+        wait = calls[0].time - time.monotonic() if calls else 0.0
+        if 0.0 < wait < LONGEST_WAIT_S and not (
+            self._newTimedCalls or self.threadCallQueue or self._justStopped or not self.running
+        ):
+            self.doPoll(wait)
+        else:
+            self.runUntilCurrent()
+            self.doPoll(self.timeout() if self.running else 0.0)
+
     def doPoll(self, timeout: float | None) -> None:
         """Wait for what is ready, and serve it."""
         selectables = self._selectables
         try:
-            ready = self._poller.poll(-1 if timeout is None else timeout, len(selectables))
+            ready = self._poller.poll(timeout)
         except InterruptedError:
             return
         for descriptor, event in ready:

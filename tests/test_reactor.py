@@ -7,8 +7,10 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,15 +39,14 @@ class Peer(Protocol):
         self.made: Deferred[Peer] = Deferred()
         self.lost: Deferred[None] = Deferred()
         self.reason: Failure | None = None
-        self.fails = False
+        self.act: Callable[[], object] = lambda: None
 
     def connectionMade(self) -> None:
         self.made.callback(self)
 
     def dataReceived(self, data: bytes) -> None:
-        if self.fails:
-            raise RuntimeError("a mistake")
         self.received += data
+        self.act()
 
     def connectionLost(self, reason: Failure | None = None) -> None:
         self.reason = reason
@@ -112,6 +113,10 @@ async def test_what_the_socket_does_not_take_follows_in_order() -> None:
         assert peer.transport not in reactor.getWriters()
         peer.transport.write(b"z")
         assert client.recv(10) == b"z"
+
+
+def mistake() -> None:
+    raise RuntimeError("a mistake")
 
 
 class Source:
@@ -201,7 +206,7 @@ async def test_a_mistake_in_a_protocol_closes_its_connection_alone(
     flush_logged_errors: FlushLoggedErrors,
 ) -> None:
     async with connected() as (peer, client), connected() as (other, other_client):
-        peer.fails = True
+        peer.act = mistake
         client.send(b"x")
         await peer.lost
         assert peer.reason is not None
@@ -210,6 +215,58 @@ async def test_a_mistake_in_a_protocol_closes_its_connection_alone(
         other_client.send(b"y")
         await deferLater(reactor, 0.01)
         assert other.received == b"y"
+
+
+@contextmanager
+def soon() -> Iterator[Deferred[None]]:
+    """What is waited for comes at once; no other call is due for seconds."""
+    began, waited = reactor.seconds(), Deferred[None]()
+    waited.addTimeout(5, reactor)
+    yield waited
+    assert reactor.seconds() - began < 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_that_is_asked_for_in_a_read_comes_in_time() -> None:
+    async with connected() as (peer, client):
+        with soon() as called:
+            peer.act = lambda: reactor.callLater(0.01, called.callback, None)
+            await deferLater(reactor, 0.01)
+            client.send(b"x")
+            await called
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_that_a_read_makes_due_earlier_comes_in_time() -> None:
+    async with connected() as (peer, client):
+        with soon() as called:
+            late = reactor.callLater(60, called.callback, None)
+            peer.act = lambda: late.reset(0.01)
+            await deferLater(reactor, 0.01)
+            client.send(b"x")
+            await called
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_call_from_a_thread_comes_at_once() -> None:
+    with soon() as called:
+        await deferLater(reactor, 0.01)
+        ask = partial(reactor.callFromThread, called.callback, None)
+        threading.Timer(0.1, ask).start()
+        await called
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_round_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, flush_logged_errors: FlushLoggedErrors
+) -> None:
+    def fails(timeout: float | None) -> None:
+        monkeypatch.undo()
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(reactor, "doPoll", fails)
+    await deferLater(reactor, 0.01)
+    assert len(flush_logged_errors(RuntimeError)) == 1
 
 
 @pytest_twisted.ensureDeferred
