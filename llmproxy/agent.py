@@ -180,6 +180,9 @@ class Connection(Protocol):
     def __init__(self, agent: BackendAgent) -> None:
         self.idle_since = 0.0
         self._agent = agent
+        self._parts: list[bytes] = []
+        #: Called by llhttp with a part of the body, without its framing.
+        self.on_body = self._parts.append
         self._parser: Any = httptools.HttpResponseParser(self)
         self.wire: Any = None  # a TCP or TLS transport and producer
         self._busy = False
@@ -196,7 +199,7 @@ class Connection(Protocol):
         self._phrase = b""
         self._header_bytes = self._bare_bytes = 0
         self._framed = self._keep = self._held = False
-        self._parts: list[bytes] = []
+        self._parts.clear()
         self._body: IProtocol | None = None
         self._end: Failure | None = None
         self._sent = False
@@ -313,10 +316,6 @@ class Connection(Protocol):
         if fields.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
             raise BadAnswer("a transfer coding that was not asked for")
 
-    def on_body(self, data: bytes) -> None:
-        """A part of the body, without its framing."""
-        self._parts.append(data)
-
     def on_message_complete(self) -> None:
         """The answer is whole."""
         if self.response is not None:
@@ -326,49 +325,57 @@ class Connection(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Bytes of an answer, or of a server that speaks unasked."""
-        if not self._busy:
-            self._agent.forget(self)
-            self.abort()
-        elif self._end is not None:
-            self._break(Failure(BadAnswer("bytes after the end of the answer")))
-        elif self.response is None:
-            self._head_goes_on(data)
-        else:
-            self._feed(data)
-            self._bare_bytes = 0 if self._parts else self._bare_bytes + len(data)
-            if self._bare_bytes > MAX_HEADER:
-                self._break(Failure(BadAnswer("too much that is no body")))
-            self._hand_over()
-
-    def _feed(self, data: bytes) -> None:
+        if self._body is None and not self._can_be_of_answer(data):
+            return
         try:
             self._parser.feed_data(data)
         except Exception as error:  # llhttp's, and those of the callbacks above
             self._break(Failure(BadAnswer(str(error))))
-
-    def _head_goes_on(self, data: bytes) -> None:
-        if (
-            not self._header_bytes and data[:1] != b"H"
-        ):  # llhttp takes empty lines, RTSP and ICE too
-            self._break(Failure(BadAnswer("not HTTP")))
+        if self._answer is not None:
+            self._head_went_on(self._answer)
             return
-        self._header_bytes += len(data)
-        self._feed(data)
+        if self._parts:
+            self._bare_bytes = 0
+        else:
+            self._no_part_came(len(data))
+        self._hand_over()
+
+    def _can_be_of_answer(self, data: bytes) -> bool:
+        """Whether it is to be parsed. If not, this is the connection's end."""
+        if not self._busy:
+            self._agent.forget(self)
+            self.abort()
+            return False
+        if self._end is not None:
+            self._break(Failure(BadAnswer("bytes after the end of the answer")))
+            return False
+        if self.response is None:
+            # llhttp takes empty lines, RTSP and ICE too.
+            if not self._header_bytes and data[:1] != b"H":
+                self._break(Failure(BadAnswer("not HTTP")))
+                return False
+            self._header_bytes += len(data)
+        return True
+
+    def _no_part_came(self, size: int) -> None:
+        self._bare_bytes += size
+        if self._bare_bytes > MAX_HEADER:
+            self._break(Failure(BadAnswer("too much that is no body")))
+
+    def _head_went_on(self, answer: Deferred[IResponse]) -> None:
         response = self.response
         if response is None:
             if self._header_bytes > MAX_HEADER and self._end is None:
                 self._break(Failure(BadAnswer("the header is too large")))
             return
-        answer, self._answer = self._answer, None
+        self._answer = None
         if response.fields.get(b"content-encoding", b"identity").lower() not in _IDENTITY:
             self._end = self._end or _WHOLE  # of it, no more is wanted
             self.abort()
             self._send_no_more()
-            if answer is not None:
-                answer.errback(Failure(CodedAnswer()))
+            answer.errback(Failure(CodedAnswer()))
             return
-        if answer is not None:
-            answer.callback(response)
+        answer.callback(response)
         waits = self.response is response and self._body is None and self._end is None
         if waits and not self._closed:
             self.hold(True)  # until somebody wants the body
@@ -405,9 +412,14 @@ class Connection(Protocol):
         body = self._body
         if body is None:
             return
-        if self._parts:
-            parts, self._parts = self._parts, []
-            body.dataReceived(parts[0] if len(parts) == 1 else b"".join(parts))
+        parts = self._parts
+        if parts:
+            if len(parts) == 1:
+                data = parts.pop()
+            else:
+                data = b"".join(parts)
+                parts.clear()
+            body.dataReceived(data)
         if self._end is not None and self._body is not None:
             self._finish(body, self._end)
 
