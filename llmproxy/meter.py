@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from llmproxy.audio import read_audio
 from llmproxy.endpoints import Shape
@@ -41,6 +41,10 @@ _OTHER_CONTENT = re.compile(
 # The text of a string. No pattern here can begin or end in it, nor can a line. But with its quotes
 # it could be taken for a name that `_Chat.see` looks for.
 _TEXT = re.compile(rb'(?!(?:usage|error)\Z)[^"\r\n]++')
+# An event around a text of it: all before the text, the length of that; all from its closing quote
+# on, the length of that; and what the client gets of it. A plain tuple, which is unpacked for each
+# event: one with names takes three times as long.
+_Mould = tuple[bytes, int, bytes, int, bytes]
 _FINISHED = re.compile(rb'"finish_reason"\s*+:\s*+"')
 _NULL_AT_END = b',"usage":null}'
 # In valid JSON what stands before the very last brace belongs to the outermost object.
@@ -98,6 +102,7 @@ class StreamMeter:
             self._dialect = _DIALECTS.get(shape, _Dialect)()
         self._held: list[bytes] = []
         self._room = self._max = max_event
+        self._may_glance = False  # what comes begins an event, and not one after the last
         # Read after each chunk: as properties they would take as long as the rest.
         self.ended = False
         self.failed = False
@@ -113,7 +118,7 @@ class StreamMeter:
 
         It is `data` itself if that is one event and stays as it is.
         """
-        if self._decoder.idle and not self.ended and len(data) <= self._max:
+        if self._may_glance and len(data) <= self._max:
             shown = self._dialect.glance(data)
             if shown is not None:
                 self.content_events = self._dialect.content_events
@@ -140,6 +145,7 @@ class StreamMeter:
 
     def _tell(self) -> None:
         self.ended = self._dialect.ended
+        self._may_glance = self._decoder.idle and not self.ended
         self.failed = self._dialect.failed
         self.content_events = self._dialect.content_events
         self.oversized = self._decoder.oversized
@@ -207,14 +213,6 @@ class _Dialect:
         self._counts, self._exact, self._raw = counts, exact, None
 
 
-class _Mould(NamedTuple):
-    """An event around a text of it. The next event differs in this text alone, as a rule."""
-
-    head: bytes  # all before the text
-    tail: bytes  # from its closing quote on
-    shown: bytes  # what the client gets of `tail`
-
-
 class _Chat(_Dialect):
     """Chat and legacy completions: usage in chunks, `[DONE]` at the end.
 
@@ -237,15 +235,16 @@ class _Chat(_Dialect):
 
     def glance(self, raw: bytes) -> bytes | None:
         """An event like the last one, but for its text."""
-        if self._mould is None:
+        mould = self._mould
+        if mould is None:
             return None
-        head, tail, shown = self._mould
-        if not (raw.startswith(head) and raw.endswith(tail)):
+        head, start, tail, rest, shown = mould
+        end = len(raw) - rest
+        if raw[:start] != head or raw[end:] != tail:
             return None
-        end = len(raw) - len(tail)
-        if _TEXT.fullmatch(raw, len(head), end) is None:
+        if _TEXT.fullmatch(raw, start, end) is None:
             return None
-        self._count_content()
+        self.content_events += 1
         return raw if shown is tail else raw[:end] + shown
 
     def see(self, event: Event) -> bytes:
@@ -283,15 +282,12 @@ class _Chat(_Dialect):
         """Take what matters of a chunk besides its usage; where its content is."""
         content = _CONTENT.search(data) or _OTHER_CONTENT.search(data)
         if content is not None:
-            self._count_content()
+            self.content_events += 1
+            if self._running:
+                self._exact = False  # more came than the last running count knows of
         if not self._finished and _FINISHED.search(data):
             self._finished = True
         return content
-
-    def _count_content(self) -> None:
-        self.content_events += 1
-        if self._running:
-            self._exact = False  # more came than the last running count knows of
 
     def _see_usage(self, event: Event) -> bytes:
         data = event.data
@@ -323,6 +319,7 @@ class _Chat(_Dialect):
         if report.raw is not None:
             self._absurd(report.raw)
             return
+        self._mould = None  # the next event without a count makes this one inexact
         counts, running = self._counts, self._running
         index = _index(choices)
         running[index] = max(running.get(index, 0), report.counts[_COMPLETION])
@@ -345,7 +342,7 @@ def _mould(event: Event, shown: bytes, start: int) -> _Mould | None:
     if raw.find(b'"error"') >= 0 or raw != b"data: " + event.data + b"\n\n":
         return None
     tail = raw[end:]
-    return _Mould(raw[:start], tail, tail if shown is raw else shown[end:])
+    return raw[:start], start, tail, len(tail), tail if shown is raw else shown[end:]
 
 
 def _index(choices: object) -> object:
