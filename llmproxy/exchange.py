@@ -352,7 +352,7 @@ class Exchange:
         config = services.config
         timing = Timing(backend.timeout or config.timeout_read, config.keepalive_interval)
         self._metrics = services.metrics.for_backend(backend.name)
-        self._forward_began = services.monotonic()
+        self._forward_began = services.clock.seconds()
         lease = self._lease(entry)
         forward = Forward(
             order, self._down, services.clock, services.turns, timing, self._chunk_came, lease
@@ -407,19 +407,20 @@ class Exchange:
 
     # -- what is measured ------------------------------------------------------------------
 
-    def _chunk_came(self, meter: StreamMeter) -> None:
-        now, metrics = self._services.monotonic(), self._metrics
+    def _chunk_came(self, meter: StreamMeter, now: float) -> None:
+        metrics, last = self._metrics, self._last_chunk
         if metrics is None:
             return
-        if self._last_chunk:
-            metrics.chunk_gap(now - self._last_chunk)
+        if last:
+            count_gap = metrics.chunk_gap
+            count_gap(now - last)
         self._last_chunk = now
         if self._first_token_s is None and meter.content_events:
             self._first_token_s = now - self._forward_began
             metrics.first_token(self._first_token_s)
 
     def _measure(self, metrics: BackendMetrics, ending: Ending) -> None:
-        metrics.request_done(ending.status, self._services.monotonic() - self._forward_began)
+        metrics.request_done(ending.status, self._services.clock.seconds() - self._forward_began)
         if ending.outcome not in _NO_FAULT:
             metrics.error(_error_type(ending))
 

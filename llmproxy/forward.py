@@ -154,7 +154,7 @@ class Forward:
         clock: IReactorTime,
         turns: Turns,
         timing: Timing,
-        on_chunk: Callable[[StreamMeter], None],
+        on_chunk: Callable[[StreamMeter, float], None],
         lease: Lease | None = None,
     ) -> None:
         self._order = order
@@ -273,7 +273,7 @@ class Forward:
         drop(response)
         raise BackendError("The model's server failed to answer.")
 
-    def _read(self, response: Response, sink: Callable[[bytes], None]) -> BodyReader:
+    def _read(self, response: Response, sink: Callable[[bytes, float], None]) -> BodyReader:
         """Begin to read the body; `ended` of the reader tells how that went."""
         self._reader = reader = BodyReader(sink, self._clock, self._timing.silence_s)
         response.deliverBody(cast(IProtocol, reader))
@@ -333,8 +333,8 @@ class Forward:
         ]
         return b"{%b}" % b",".join(short)
 
-    def _collect_up_to(self, limit: int) -> Callable[[bytes], None]:
-        def collect(data: bytes) -> None:
+    def _collect_up_to(self, limit: int) -> Callable[[bytes, float], None]:
+        def collect(data: bytes, now: float) -> None:
             self._size += len(data)
             self._parts.append(data)
             if self._size > limit and self._reader is not None:
@@ -353,16 +353,16 @@ class Forward:
         self._down.detach()
         return self._stream_ending(end, meter)
 
-    def _passing_on(self, meter: StreamMeter) -> Callable[[bytes], None]:
+    def _passing_on(self, meter: StreamMeter) -> Callable[[bytes, float], None]:
         feed, write, on_chunk = meter.feed, self._down.write, self._on_chunk
 
-        def pass_on(data: bytes) -> None:
+        def pass_on(data: bytes, now: float) -> None:
             passed = feed(data)
             if meter.oversized and self._reader is not None:
                 self._reader.stop(BodyEnd.BROKEN)  # it could be the end, and that can't go unread
                 return
             write(passed)
-            on_chunk(meter)
+            on_chunk(meter, now)
             if meter.ended and self._reader is not None:
                 self._reader.finish_within(END_GRACE_S)
             elif meter.content_events >= self._until:

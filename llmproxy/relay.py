@@ -25,7 +25,8 @@ class BodyEnd(enum.Enum):
 
 
 class BodyReader:
-    """An `IProtocol`. Hands a backend's body to `sink`, piece by piece; `ended` fires exactly once.
+    """An `IProtocol`. Hands a backend's body to `sink`, piece by piece, each with the time at which
+    it came, as `clock` has it; `ended` fires exactly once.
 
     States: reading; paused (by the client's slowness, or held by us, when the silence is not the
     backend's fault); over.
@@ -47,7 +48,7 @@ class BodyReader:
     )
 
     def __init__(
-        self, sink: Callable[[bytes], None], clock: IReactorTime, silence_s: float
+        self, sink: Callable[[bytes, float], None], clock: IReactorTime, silence_s: float
     ) -> None:
         self.ended: Deferred[BodyEnd] = Deferred()
         self.transport: IPushProducer | None = None
@@ -70,8 +71,10 @@ class BodyReader:
         """A piece of it."""
         if self._over:  # bytes can still arrive after stopProducing
             return
-        self._heard_at = self._seconds()
-        self._sink(data)
+        # Python 3.11 looks for methods first where an attribute is called.
+        seconds, sink = self._seconds, self._sink
+        self._heard_at = now = seconds()
+        sink(data, now)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """It ended."""

@@ -98,7 +98,7 @@ class Story:
             clock,
             Turns(clock),
             Timing(SILENCE_S, keepalive_s),
-            lambda meter: self.chunks.append(meter.content_events),
+            lambda meter, now: self.chunks.append(meter.content_events),
             lease,
         )
         self.running: Deferred[Ending] | None = None

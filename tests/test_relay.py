@@ -45,11 +45,16 @@ class Body:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.got: list[bytes] = []
+        self.at: list[float] = []
         self.ends: list[BodyEnd] = []
         self.connection = Connection()
         self.proxy = TransportProxyProducer(self.connection)
-        self.reader = BodyReader(self.got.append, clock, SILENCE_S)
+        self.reader = BodyReader(self.take, clock, SILENCE_S)
         self.reader.ended.addCallback(self.ends.append)
+
+    def take(self, data: bytes, now: float) -> None:
+        self.got.append(data)
+        self.at.append(now)
 
     def begin(self) -> Body:
         self.reader.makeConnection(self.proxy)
@@ -111,6 +116,13 @@ def test_each_piece_renews_the_patience(body, clock):
     assert body.ends == [BodyEnd.STALLED]
 
 
+def test_each_piece_comes_with_its_time(body, clock):
+    for seconds in (1.0, 2.0):
+        clock.advance(seconds)
+        body.reader.dataReceived(b"x")
+    assert body.at == [1.0, 3.0]
+
+
 def test_the_silence_of_a_paused_backend_is_not_its_fault(body, clock):
     body.reader.pauseProducing()
     clock.advance(100 * SILENCE_S)
@@ -169,7 +181,7 @@ def test_a_stop_is_final_whatever_still_comes(body, clock, end):
 
 def test_a_stop_out_of_the_sink_is_final(clock):
     body = Body(clock)
-    body.reader._sink = lambda data: body.reader.stop()  # as a limit does
+    body.reader._sink = lambda data, now: body.reader.stop()  # as a limit does
     body.begin()
     body.reader.dataReceived(b"x")
     body.reader.dataReceived(b"y")
