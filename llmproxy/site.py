@@ -96,10 +96,10 @@ class Request:
         "_began",
         "_channel",
         "_chunked",
-        "_closed",
         "_headless",
         "_lingering",
         "_lost_calls",
+        "_over",
         "_served",
         "fields",
         "finished",
@@ -132,7 +132,7 @@ class Request:
         #: Fields that its answer gets too, whichever it is.
         self.more_fields: Sequence[tuple[bytes, bytes]] = ()
         self._channel = channel
-        self._chunked = self._closed = False
+        self._chunked = self._over = False
         self._headless = message.method == b"HEAD"
         self._served = False
         self._lingering: IDelayedCall | None = None
@@ -168,12 +168,13 @@ class Request:
 
     def write(self, data: bytes) -> None:
         """Send a part of the body."""
-        if not data or self.finished or self.lost or self._closed:
+        if not data or self._over:
             return
+        send = self._channel.send
         if self._chunked:
-            self._channel.send(b"%x\r\n%b\r\n" % (len(data), data))
+            send(b"%x\r\n%b\r\n" % (len(data), data))
         elif not self._headless:
-            self._channel.send(data)
+            send(data)
 
     def answer(self, status: int, fields: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         """Send a whole answer."""
@@ -232,7 +233,7 @@ class Request:
         """Close the connection without the end of the answer, after sending what is buffered."""
         if self._over:
             return
-        self._closed = True
+        self._over = True
         if linger_s and self.version == b"HTTP/1.1":
             self._channel.close(linger_s)
         else:
@@ -250,10 +251,6 @@ class Request:
 
     # -- its end -------------------------------------------------------------------------------
 
-    @property
-    def _over(self) -> bool:
-        return self.finished or self.lost or self._closed
-
     def _drained(self) -> None:
         self._stop_lingering()
         if not self._over:
@@ -270,7 +267,7 @@ class Request:
             self._lingering = None
 
     def _finish(self) -> None:
-        self.finished = True
+        self.finished = self._over = True
         self._lost_calls.clear()
         self._account()
         self._channel.done()
@@ -280,7 +277,7 @@ class Request:
         self._stop_lingering()
         self._account()
         if not (self.finished or self.lost):
-            self.lost = True
+            self.lost = self._over = True
             calls, self._lost_calls = self._lost_calls, []
             for act in calls:
                 act()
