@@ -64,7 +64,7 @@ _PIECE = select.PIPE_BUF
 _MAX_TEXT = 2**14
 _MAX_TRACEBACK = 2**16
 
-_PRINTABLE = bytes(range(0x20, 0x7F))
+_MILLISECONDS = [f".{each:03d}Z" for each in range(1000)]
 
 _CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)[^\s\"'<>]*@")
 _SECRETS = re.compile(r"(?i)((?:password|secret|token|api_?key)[=:])[^\s&,;\"'<>]+")
@@ -100,14 +100,17 @@ def redact(text: str) -> str:
 
 def escape(text: str) -> str:
     r"""`text` with all that can't be printed as `\n`, `\x1b`, `\u2028` and so on."""
-    # Nearly all lines are in ASCII, where this takes a third of `isprintable`'s time.
-    if text.isascii() and not text.encode().translate(None, _PRINTABLE):
-        return text
-    if text.isprintable():
+    if _is_surely_printable(text) or text.isprintable():
         return text
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
+
+
+def _is_surely_printable(text: str) -> bool:
+    """Printable ASCII without quotes and backslashes, as nearly all lines are: found out in a tenth
+    of the time of `isprintable`, as orjson gets no longer by escapes. It does not escape DEL."""
+    return text.isascii() and "\x7f" not in text and len(orjson.dumps(text)) == len(text) + 2
 
 
 def word(text: str) -> str:
@@ -181,7 +184,7 @@ class _Times:
         if second != self._second:
             self._text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
             self._second = second
-        return f"{self._text}.{milliseconds:03d}Z"
+        return self._text + _MILLISECONDS[milliseconds]
 
 
 def _level(event: LogEvent) -> str:
@@ -240,7 +243,7 @@ def _encoded(record: Mapping[str, object]) -> str:
         text = orjson.dumps(record).decode()
     except TypeError:
         text = "\x7f"  # lone surrogates, integers of more than 64 bits
-    if text.isascii() and "\x7f" not in text and not _has_exponent(record):
+    if text.isascii() and not _has_exponent(record):
         return text
     # All but DEL is escaped by the encoder, as it writes ASCII only.
     return _encode(record).replace("\x7f", "\\u007f")

@@ -115,6 +115,12 @@ def test_control_characters_can_not_forge_a_line(log_format):
     assert line[:-1].isprintable()
 
 
+@pytest.mark.parametrize("code", range(0x80))
+def test_of_ascii_what_can_not_be_printed_is_escaped(code):
+    text = f"a{chr(code)}b"
+    assert escape(text) == (text if text.isprintable() else text.encode("unicode_escape").decode())
+
+
 def test_direction_marks_and_lone_surrogates_are_escaped():
     assert escape("a\u202eb\ud800c\x7f\t\xa0d é漢") == r"a\u202eb\ud800c\x7f\t\xa0d é漢"
 

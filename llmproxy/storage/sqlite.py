@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,6 +47,8 @@ BUDGET_COLUMN = f"""INTEGER CHECK ({{0}} IS NULL OR typeof({{0}}) = 'integer'
 # Not in schema.sql: an earlier version's ledger has the columns only after it.
 HELD_ROWS = """CREATE INDEX IF NOT EXISTS ledger_held ON ledger(api_key)
     WHERE state = 'open' AND held_tokens IS NOT NULL"""
+
+_TWO = [f"{each:02d}" for each in range(60)]
 
 # Python 3.11's sqlite3 looks for a way to adapt each None as if it were an object of ours, which
 # takes longer than to bind any other parameter. This is one, in C.
@@ -294,8 +297,15 @@ def to_text(moment: datetime) -> str:
     """How times are stored: ISO 8601 in UTC, so that text order is time order."""
     if moment.tzinfo is not UTC:
         moment = moment.astimezone(UTC)
-    # As `isoformat` has it, which takes twice as long because it asks for the offset.
-    return f"{date.isoformat(moment)}T{moment.time().isoformat('microseconds')}+00:00"
+    # As `isoformat` has it, in a third of its time.
+    day, hour, minute = _day(moment.toordinal()), _TWO[moment.hour], _TWO[moment.minute]
+    micro = str(1_000_000 + moment.microsecond)[1:]
+    return f"{day}T{hour}:{minute}:{_TWO[moment.second]}.{micro}+00:00"
+
+
+@lru_cache(8)
+def _day(ordinal: int) -> str:
+    return date.fromordinal(ordinal).isoformat()
 
 
 def from_text(text: str) -> datetime:
