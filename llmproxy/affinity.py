@@ -21,7 +21,7 @@ MAX_BEFORE_USER = 1024 * 1024
 
 _TURNS = re.compile(rb"\[[ \t\r\n]*+\{")
 # Quotes inside a string are escaped, so this is found nowhere else.
-_OF_USER = re.compile(rb'(\{[ \t\r\n]*+)?+"role"[ \t\r\n]*+:[ \t\r\n]*+"user"')
+_OF_USER = re.compile(rb'"role"[ \t\r\n]*+:[ \t\r\n]*+"user"')
 
 
 def affinity(body: Mapping[str, Any]) -> bytes:
@@ -69,10 +69,11 @@ def _beginning(raw: bytes, turns: Member) -> bytes:
     if role is None:
         return raw[start : min(end, start + PROMPT_HEAD)]
     first = raw[start : min(role.start(), start + PROMPT_HEAD)]
-    if role[1]:
+    before = raw[max(start, role.start() - PROMPT_HEAD) : role.start()].rstrip(b" \t\r\n")
+    if before.endswith(b"{"):
         said = raw[role.end() : min(end, role.end() + PROMPT_HEAD)]
         return first + said.partition(b'"role"')[0].rstrip(b"{}[], \t\r\n")
-    return first + raw[max(start, role.start() - PROMPT_HEAD) : role.start()]
+    return first + before
 
 
 def _text(said: list[Any]) -> bytes:

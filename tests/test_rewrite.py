@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from surveys import plan_both
+from surveys import plan_both, surveyed
 
 from llmproxy.endpoints import ENDPOINTS
 from llmproxy.errors import BadRequest
@@ -273,6 +274,25 @@ def test_a_large_body_is_refused_like_a_small_one(text, param):
     with pytest.raises(BadRequest) as caught:
         read(full(text))
     assert caught.value.param == param
+
+
+NAMES = b",".join(b'"%d%b":1' % (n, "é".encode() * 30_000) for n in range(200))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"model":"m",%b}' % NAMES,
+        b'{"model":"m","messages":[{"role":"system","content":"%b"}]}' % ("é".encode() * 500_000),
+    ],
+    ids=["long names", "a long text before the user's"],
+)
+def test_what_follows_the_steps_takes_little_time(raw):
+    began = time.thread_time()
+    survey = surveyed(CHAT, raw)
+    surveyed_at = time.thread_time()
+    plan(CHAT, raw, survey).opening()
+    assert time.thread_time() - surveyed_at < (surveyed_at - began) / 2
 
 
 def test_a_request_does_not_show_its_prompt():
