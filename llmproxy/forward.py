@@ -20,7 +20,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
-from llmproxy import headers
+from llmproxy import headers, usage
 from llmproxy.agent import Response, nothing
 from llmproxy.answers import Answer, refusal
 from llmproxy.backends import Model, Route
@@ -320,15 +320,16 @@ class Forward:
         return Answer(200, bytes(body), [(b"Content-Type", content_type)])
 
     async def _in_short(self, body: bytes) -> bytes:
-        """A large answer without its long members, of which usage is none."""
+        """A large answer with nothing but what tells its usage, which is never long."""
         parts: Parts[None] = Parts(body, None, lambda place, name: None)
         try:
             await self._turns.do(parts)
         except InvalidJSON:  # so this is, too; usage is looked for at its end
             return b"," + body[-BLOCK:]
+        telling = {member.key: member for member in parts.members if member.key in usage.NAMES}
         short = [
             body[member.key_start : member.value_end]
-            for member in parts.members
+            for member in telling.values()
             if member.value_end - member.value_start < BLOCK
         ]
         return b"{%b}" % b",".join(short)

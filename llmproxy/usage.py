@@ -22,6 +22,8 @@ _PROMPT, _COMPLETION, _EMBEDDING = Kind.PROMPT, Kind.COMPLETION, Kind.EMBEDDING
 #: How much of a usage report that can't be used is kept, in bytes.
 MAX_RAW = 2048
 
+#: Members of an answer that may tell its usage, or in seconds of audio.
+NAMES = frozenset(["usage", "meta", "duration"])
 #: The parts of a messages answer's prompt count; `input_tokens` is without the cached tokens.
 MESSAGE_INPUT = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 

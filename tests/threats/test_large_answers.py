@@ -18,6 +18,7 @@ from llmproxy.parts import BLOCK
 
 MIB = 1024 * 1024
 USED = {"usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+COHERE = {"meta": {"billed_units": {"input_tokens": 4}}}
 ROW = [n / 7 for n in range(1000)]
 
 
@@ -32,6 +33,10 @@ def of_text() -> dict[str, Any]:
 
 def of_values(count: int) -> dict[str, Any]:
     return {"choices": [{"logprobs": [{"token": "x"}] * count}], **USED}
+
+
+def of_fields(count: int) -> dict[str, Any]:
+    return {**{str(number): "x" * (BLOCK - 9) for number in range(count)}, **USED}
 
 
 @pytest.fixture
@@ -64,10 +69,12 @@ async def bodies(folder: Path, speech: Speech, body: bytes) -> tuple[Any, ...]:
         (EMBEDDINGS, of_vectors(), ("settled", 3, None)),
         (CHAT, of_text(), ("settled", 3, 2)),
         (CHAT, of_values(200_000), ("settled", 3, 2)),
+        (CHAT, of_fields(20), ("settled", 3, 2)),
+        (EMBEDDINGS, {**of_text(), "usage": None, **COHERE}, ("settled", 4, None)),
         (CHAT, {**of_text(), "usage": {"prompt_tokens": -1}}, ("disputed", None, None)),
         (CHAT, {**of_text(), "usage": None}, ("disputed", None, None)),
     ],
-    ids=["vectors", "text", "many values", "absurd usage", "no usage"],
+    ids=["vectors", "text", "many values", "many fields", "Cohere's", "absurd usage", "no usage"],
 )
 @pytest_twisted.ensureDeferred
 async def test_a_large_answer_is_never_read_in_one_go(
@@ -78,6 +85,26 @@ async def test_a_large_answer_is_never_read_in_one_go(
     assert await bodies(tmp_path, speech, body) == row
     assert len(parsed) == 1
     assert parsed[0] < BLOCK
+
+
+FORM = (
+    b'--X\r\nContent-Disposition: form-data; name="model"\r\n\r\nm\r\n'
+    b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\na\r\n--X--\r\n'
+)
+
+
+@pytest.mark.parametrize("told", [{"duration": 1.5}, {"usage": {"seconds": 2}}])
+@pytest_twisted.ensureDeferred
+async def test_the_transcript_of_a_long_audio_is_billed_by_its_duration(
+    tmp_path: Path, told: dict[str, Any]
+) -> None:
+    body = orjson.dumps({"text": "x" * 2 * MIB, **told})
+    fields = {"Content-Type": "multipart/form-data; boundary=X"}
+    ask = request_bytes("POST", "/v1/audio/transcriptions", FORM, fields=fields)
+    async with ScriptedBackend([raw_answer(200, body, JSON)]) as backend:
+        async with running_proxy(tmp_path, {"m": {"url": backend.url}}) as proxy:
+            assert (await proxy.send(ask)).status == 200
+            assert proxy.rows("state, transcription") == [("settled", 2)]
 
 
 @pytest_twisted.ensureDeferred
