@@ -176,7 +176,9 @@ class Exchange:
             if not queue.enter_at_once():
                 await self._wait(queue, account.key_id)
             try:
-                entry = await self._afford(self._entry(account, model.backend))
+                entry = self._entry(account, model.backend)
+                if self._services.budgets is not None:
+                    entry = await self._afford(self._services.budgets, entry)
                 await self._open(entry)
                 ending = await self._send(entry, model)
                 await self._settle(entry, ending)
@@ -254,19 +256,16 @@ class Exchange:
             price=self._services.prices.at(backend.name, now),
         )
 
-    async def _afford(self, entry: Entry) -> Entry:
+    async def _afford(self, all_budgets: Budgets, entry: Entry) -> Entry:
         """The entry with what is held for it, if its key has a budget. Raises InsufficientQuota,
         TooManyRequests, ClientGone."""
-        services, admitted = self._services, self._admitted
-        if services.budgets is None or admitted is None:
-            return entry
-        budgets = services.budgets.of(entry.account)
-        if not budgets:
+        admitted, budgets = self._admitted, all_budgets.of(entry.account)
+        if admitted is None or not budgets:
             return entry
         asks = entry.account, budgets, admitted.ask(), entry.price
-        credit = services.budgets.at_once(*asks)
+        credit = all_budgets.at_once(*asks)
         if credit is None:
-            looking = Deferred.fromCoroutine(services.budgets.hold(*asks))
+            looking = Deferred.fromCoroutine(all_budgets.hold(*asks))
             credit = await self._while_there(looking)
         self._credit = credit
         return entry._replace(held=credit.amount)
