@@ -58,7 +58,11 @@ class _SendsAtOnce(tcp.Connection):
     Nothing is called back from `write`: an error is left for epoll to report.
     """
 
-    bufferSize = READ_SIZE
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        # Python 3.11 finds them faster here than in the class, where Twisted has them.
+        self.bufferSize = READ_SIZE
+        self._aborting = self._writeDisconnected = self.TLS = False
+        super().__init__(*args, **kw)
 
     def doRead(self) -> Any:
         """Take what has come; the same as Twisted's, in one step."""
