@@ -7,7 +7,7 @@ Nothing is sent, and nothing is written down yet: what is wrong here is an answe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING
 
 from twisted.internet.interfaces import IReactorTime
@@ -27,6 +27,7 @@ from llmproxy.model import Account
 from llmproxy.parts import is_short
 from llmproxy.steps import Turns
 from llmproxy.survey import Survey
+from llmproxy.upload import ClientGone
 
 if TYPE_CHECKING:
     from llmproxy.site import Request
@@ -111,10 +112,17 @@ class Admission:
     async def _large(self, raw: bytes) -> rewrite.JSONRequest:
         survey = Survey(self._endpoint, raw)
         try:
-            await self._turns.do(survey.steps())
+            await self._turns.do(self._while_there(survey.steps()))
         except InvalidJSON as error:
             raise rewrite.refusal(error) from None
         return rewrite.plan(self._endpoint, raw, survey)
+
+    def _while_there(self, steps: Iterator[None]) -> Iterator[None]:
+        """Some steps, as long as the client waits for them. Raises ClientGone."""
+        for step in steps:
+            if self._request.lost:
+                raise ClientGone
+            yield step
 
     async def _form(self, sent: Fields, account: Account) -> Admitted:
         config = self._config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from backend import (
     sse_event,
 )
 from proxy import Answer, request_bytes, running_proxy
+from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 
 from llmproxy import rewrite
 from llmproxy.admission import Admission
 from llmproxy.forward import Admitted
 from llmproxy.storage.sqlite import connect
+from llmproxy.survey import Survey
 
 CHAT = "/v1/chat/completions"
 MESSAGES = "/v1/messages"
@@ -547,6 +550,34 @@ async def test_a_client_that_leaves_before_any_answer_is_counted_apart(tmp_path:
         await proxy.settled()
         metrics = (await proxy.get("/metrics", port=proxy.admin_port)).body.decode()
         assert f'llmproxy_requests_total{{method="POST",path="{CHAT}",status="499"}} 1' in metrics
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_body_of_a_client_that_has_left_is_read_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: Deferred[None] = Deferred()
+    ended: Deferred[None] = Deferred()
+
+    def steps(survey: Survey) -> Iterator[None]:
+        begun.callback(None)
+        try:
+            for _ in range(100_000):
+                yield
+        except GeneratorExit:
+            ended.callback(None)
+            raise
+
+    monkeypatch.setattr(Survey, "steps", steps)
+    monkeypatch.setattr("llmproxy.steps.TURN_S", 0)
+    body = orjson.dumps({**ASK, "user": "x" * 300_000})
+    async with ScriptedBackend() as backend, proxy_for(tmp_path, backend) as proxy:
+        client = await proxy.open()
+        client.send(request_bytes("POST", CHAT, body))
+        await begun
+        client.abort()
+        await ended.addTimeout(5, reactor)
+        assert proxy.rows() == []
 
 
 @pytest_twisted.ensureDeferred
