@@ -177,8 +177,9 @@ class Exchange:
                 await self._wait(queue, account.key_id)
             try:
                 entry = self._entry(account, model.backend)
-                if self._services.budgets is not None:
-                    entry = await self._afford(self._services.budgets, entry)
+                budgets = self._services.budgets
+                if budgets is not None and budgets.of(account):
+                    entry = await self._afford(budgets, entry)
                 await self._open(entry)
                 ending = await self._send(entry, model)
                 await self._settle(entry, ending)
@@ -256,16 +257,15 @@ class Exchange:
             price=self._services.prices.at(backend.name, now),
         )
 
-    async def _afford(self, all_budgets: Budgets, entry: Entry) -> Entry:
-        """The entry with what is held for it, if its key has a budget. Raises InsufficientQuota,
+    async def _afford(self, budgets: Budgets, entry: Entry) -> Entry:
+        """The entry with what is held for it, as its key has a budget. Raises InsufficientQuota,
         TooManyRequests, ClientGone."""
-        admitted, budgets = self._admitted, all_budgets.of(entry.account)
-        if admitted is None or not budgets:
-            return entry
-        asks = entry.account, budgets, admitted.ask(), entry.price
-        credit = all_budgets.at_once(*asks)
+        admitted = self._admitted
+        assert admitted is not None
+        asks = entry.account, budgets.of(entry.account), admitted.ask(), entry.price
+        credit = budgets.at_once(*asks)
         if credit is None:
-            looking = Deferred.fromCoroutine(all_budgets.hold(*asks))
+            looking = Deferred.fromCoroutine(budgets.hold(*asks))
             credit = await self._while_there(looking)
         self._credit = credit
         return entry._replace(held=credit.amount)
