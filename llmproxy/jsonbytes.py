@@ -244,11 +244,16 @@ def append(raw: bytes, more: Mapping[str, bytes | None]) -> bytes:
     added = [b"," + orjson.dumps(key) + b":" + value for key, value in more.items() if value]
     if not added:
         return raw
-    end = raw.rindex(b"}")
-    while raw[end - 1] in b" \t\r\n":
-        end -= 1
+    end = _before_space(raw, raw.rindex(b"}"))
     text = _sliceable(raw)
     return b"".join([text[:end], *added, text[end:]])
+
+
+def _before_space(raw: bytes, end: int) -> int:
+    """The end of what stands before `end`, without the space between."""
+    while not (block := raw[max(end - LARGE, 0) : end].rstrip(b" \t\r\n")):
+        end -= LARGE
+    return max(end - LARGE, 0) + len(block)
 
 
 def replace(

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmproxy.jsonbytes import (
+    LARGE,
     InvalidJSON,
     _members_at_any_depth,
     append,
@@ -67,6 +68,12 @@ def test_appending_is_replacing_what_is_not_there(value, style, more):
         key: orjson.dumps(each) for key, each in more.items() if key not in value
     }
     assert append(raw, texts) == replace(raw, texts)
+
+
+@pytest.mark.parametrize("spaces", [0, 1, LARGE - 1, LARGE, LARGE + 1, 3 * LARGE])
+def test_what_is_appended_stands_before_the_space_at_the_end(spaces):
+    raw = b'{"a":1%b}\n' % (b" " * spaces)
+    assert append(raw, {"b": b"2"}) == b'{"a":1,"b":2%b}\n' % (b" " * spaces)
 
 
 @st.composite
