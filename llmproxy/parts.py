@@ -57,7 +57,7 @@ _VALUE = (
 _MEMBER = STRING + _SPACE + rb":" + _SPACE + _VALUE
 _VALUES = re.compile(_VALUE + rb"(?:" + _COMMA + _VALUE + rb")*+", re.DOTALL)
 _MEMBERS = re.compile(_MEMBER + rb"(?:" + _COMMA + _MEMBER + rb")*+", re.DOTALL)
-_NAME = re.compile(rb"(" + STRING + rb")" + _SPACE + rb":" + _SPACE, re.DOTALL)
+_NAME = re.compile(STRING, re.DOTALL)
 _SPACES = re.compile(_SPACE)
 # The inside of a string (RFC 8259 section 7), without half of a surrogate pair.
 _ESCAPE = (
@@ -171,7 +171,8 @@ class Parts(Generic[_Place]):
         is_object = opened.closing == b"}"
         end = _end(_MEMBERS if is_object else _VALUES, self._text, start, RUN)
         if end == start:
-            return (yield from self._take_long(opened, self._name() if is_object else None, start))
+            name = (yield from self._name()) if is_object else None
+            return (yield from self._take_long(opened, name, start))
         self._at = end
         run = (b"{%b}" if is_object else b"[%b]") % self._text[start:end]
         value = _read(run, start - 1)
@@ -223,14 +224,20 @@ class Parts(Generic[_Place]):
         self.members.append(member)
         refuse_too_many(self.members)
 
-    def _name(self) -> str:
-        name = _NAME.match(self._text, self._at, self._at + MAX_TOKEN)
-        if name is None:
-            if self._is_at(b'"') and len(self._text) - self._at > MAX_TOKEN:
+    def _name(self) -> Steps[_Place, str]:
+        """Take a name and its colon."""
+        start, end = self._at, _end(_NAME, self._text, self._at, MAX_TOKEN)
+        if end == start:
+            if self._is_at(b'"') and len(self._text) - start > MAX_TOKEN:
                 raise InvalidJSON(f"not taken: a name in it is longer than {MAX_TOKEN} bytes")
             raise self._unexpected()
-        self._at = name.end()
-        return decode_name(name[1])
+        self._at = end
+        name = decode_name(self._text[start:end])
+        yield from self._spaces()
+        if not self._is_at(b":"):
+            raise self._unexpected()
+        self._at += 1
+        return name
 
     def _scalar(self) -> object:
         start, end = self._at, _end(_SCALAR, self._text, self._at, MAX_TOKEN)

@@ -198,7 +198,7 @@ def test_numbers_in_a_row_pass_in_an_array_only(text):
 
 def test_space_between_tokens_tells_nothing():
     space = b" \t\r\n" * BLOCK
-    raw = space + b'{"a":%b1%b,"b":[%b],"c":2%b}' % (space, space, space, space) + space
+    raw = space + b'{"a"%b:%b1%b,"b":[%b],"c":2%b}' % (space, space, space, space, space) + space
     body, places = read(raw)
     assert body == {"a": 1, "b": [], "c": 2}
     assert places == members(raw)
