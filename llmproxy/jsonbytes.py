@@ -240,20 +240,13 @@ def _colons(text: bytes) -> int:
 
 
 def append(raw: bytes, more: Mapping[str, bytes | None]) -> bytes:
-    """What `replace` gives if none of the keys is there; `raw` must have a member."""
+    """`raw` with more members at its end; it must have one, and none of these."""
     added = [b"," + orjson.dumps(key) + b":" + value for key, value in more.items() if value]
     if not added:
         return raw
-    end = _before_space(raw, raw.rindex(b"}"))
+    end = raw.rindex(b"}")
     text = _sliceable(raw)
     return b"".join([text[:end], *added, text[end:]])
-
-
-def _before_space(raw: bytes, end: int) -> int:
-    """The end of what stands before `end`, without the space between."""
-    while not (block := raw[max(end - LARGE, 0) : end].rstrip(b" \t\r\n")):
-        end -= LARGE
-    return max(end - LARGE, 0) + len(block)
 
 
 def replace(

@@ -13,7 +13,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llmproxy.jsonbytes import (
-    LARGE,
     InvalidJSON,
     _members_at_any_depth,
     append,
@@ -61,19 +60,15 @@ def test_replacing_changes_one_member_only(value, style, key, new):
 
 
 @given(OBJECTS, STYLES, st.dictionaries(TEXT, VALUES, max_size=3))
-def test_appending_is_replacing_what_is_not_there(value, style, more):
+def test_appended_is_what_is_not_there(value, style, more):
     value["also"] = None
     raw = json.dumps(value, **style).encode() + b" \n"
     texts: dict[str, bytes | None] = {
         key: orjson.dumps(each) for key, each in more.items() if key not in value
     }
-    assert append(raw, texts) == replace(raw, texts)
-
-
-@pytest.mark.parametrize("spaces", [0, 1, LARGE - 1, LARGE, LARGE + 1, 3 * LARGE])
-def test_what_is_appended_stands_before_the_space_at_the_end(spaces):
-    raw = b'{"a":1%b}\n' % (b" " * spaces)
-    assert append(raw, {"b": b"2"}) == b'{"a":1,"b":2%b}\n' % (b" " * spaces)
+    longer = append(raw, texts)
+    assert list(parse_object(longer).items()) == list(parse_object(replace(raw, texts)).items())
+    assert longer.startswith(raw.rstrip()[:-1])
 
 
 @st.composite
