@@ -455,8 +455,7 @@ def test_the_most_complex_bodies_that_pass_hold_up_nobody(proxy: Measured) -> No
             assert more < most_memory(body), name
 
 
-#: Of those that come at once a part is taken at once from each, which takes 0.8 ms.
-CROWDS = [("deep objects", 8), ("messages", 20 if LONG else 40)]
+CROWDS = [("deep objects", 8), ("messages", 40)]
 
 
 @pytest.mark.timeout(60)
