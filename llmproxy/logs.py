@@ -243,7 +243,7 @@ def _encoded(record: Mapping[str, object]) -> str:
         text = orjson.dumps(record).decode()
     except TypeError:
         text = "\x7f"  # lone surrogates, integers of more than 64 bits
-    if text.isascii() and not _has_exponent(record):
+    if text.isascii() and "\x7f" not in text and not _has_exponent(record):
         return text
     # All but DEL is escaped by the encoder, as it writes ASCII only.
     return _encode(record).replace("\x7f", "\\u007f")
