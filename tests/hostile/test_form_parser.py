@@ -141,7 +141,7 @@ def test_forms_are_read_in_one_way_in_whatever_pieces_they_come() -> None:
 
     each()
     tally.check(at_least=300)
-    assert passed > tally.tried / 10  # not all are refused
+    assert passed > tally.tried / 50  # not all are refused
 
 
 @pytest.mark.parametrize("cut", range(1, 40))
