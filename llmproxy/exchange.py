@@ -23,7 +23,7 @@ from llmproxy.answers import Answer
 from llmproxy.auth import Authenticator, key_of
 from llmproxy.backends import Backends, Model, Route
 from llmproxy.billing import NOTHING, settlement
-from llmproxy.budgets import Budgets, Hold
+from llmproxy.budgets import Budget, Budgets, Hold
 from llmproxy.checkpoints import Checkpoints
 from llmproxy.config import Backend, Config
 from llmproxy.downstream import Downstream
@@ -178,8 +178,8 @@ class Exchange:
             try:
                 entry = self._entry(account, model.backend)
                 budgets = self._services.budgets
-                if budgets is not None and budgets.of(account):
-                    entry = await self._afford(budgets, entry)
+                if budgets is not None and (own := budgets.of(account)):
+                    entry = await self._afford(budgets, own, entry)
                 await self._open(entry)
                 ending = await self._send(entry, model)
                 await self._settle(entry, ending)
@@ -257,12 +257,12 @@ class Exchange:
             price=self._services.prices.at(backend.name, now),
         )
 
-    async def _afford(self, budgets: Budgets, entry: Entry) -> Entry:
-        """The entry with what is held for it, as its key has a budget. Raises InsufficientQuota,
+    async def _afford(self, budgets: Budgets, own: tuple[Budget, ...], entry: Entry) -> Entry:
+        """The entry with what is held for it by its key's own budgets. Raises InsufficientQuota,
         TooManyRequests, ClientGone."""
         admitted = self._admitted
         assert admitted is not None
-        asks = entry.account, budgets.of(entry.account), admitted.ask(), entry.price
+        asks = entry.account, own, admitted.ask(), entry.price
         credit = budgets.at_once(*asks)
         if credit is None:
             looking = Deferred.fromCoroutine(budgets.hold(*asks))
