@@ -62,7 +62,8 @@ STRING = (
     rb'"(?:[^"]*+(?:"(?<=[^\\]\\")[^"]*+)*+"(?<!\\")'
     rb'|[^"\\]*+(?:\\.[^"\\]*+)*+")'
 )
-_SPACE = rb"[ \t\r\n]*+"
+#: A pattern for the space between tokens.
+SPACE = rb"[ \t\r\n]*+"
 _OTHER = rb'[^"{}\[\]]*+'
 
 
@@ -83,14 +84,14 @@ _NUMBERS = frozenset([int, float])
 # One member after the other: key, value, the last one's brace. Deeper ones are no members here, but
 # a last match without a key.
 _MEMBER = re.compile(
-    rb"(?:\A" + _SPACE + rb"\{" + _SPACE + rb")?+(" + STRING + rb")" + _SPACE + rb":" + _SPACE
+    rb"(?:\A" + SPACE + rb"\{" + SPACE + rb")?+(" + STRING + rb")" + SPACE + rb":" + SPACE
     + rb"(" + STRING + rb"|[^\"{}\[\],: \t\r\n]++|[{\[]" + BALANCED + rb"[}\]])"
-    + _SPACE + rb"(?:," + _SPACE + rb"|(\})" + _SPACE + rb"\Z)|.++",
+    + SPACE + rb"(?:," + SPACE + rb"|(\})" + SPACE + rb"\Z)|.++",
     re.DOTALL,
 )  # fmt: skip
 # A colon, and a value without escapes, and without anything in brackets within it.
 _SIMPLE = re.compile(
-    _SPACE + rb":" + _SPACE
+    SPACE + rb":" + SPACE
     + rb'("[^"\\]*+"|[^\"{}\[\],: \t\r\n]++|\{[^"{}\[\]]*+(?:"[^"\\]*+"[^"{}\[\]]*+)*+\})'
 )  # fmt: skip
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")

@@ -24,6 +24,7 @@ import orjson
 
 from llmproxy.jsonbytes import (
     BALANCED,
+    SPACE,
     STRING,
     InvalidJSON,
     Member,
@@ -49,16 +50,15 @@ LONG_VALUE = 11
 #: time that its parts take, and what is read takes less than ten times its bytes.
 ALWAYS_SHORT, MAX_SHORT, BYTES_PER_VALUE = 8 * 1024, 256 * 1024, 24
 
-_SPACE = rb"[ \t\r\n]*+"
-_COMMA = _SPACE + rb"," + _SPACE
+_COMMA = SPACE + rb"," + SPACE
 _VALUE = (
     rb"(?:" + STRING + rb'|[^"{}\[\],: \t\r\n]++(?=[\]},: \t\r\n])|[{\[]' + BALANCED + rb"[}\]])"
 )
-_MEMBER = STRING + _SPACE + rb":" + _SPACE + _VALUE
+_MEMBER = STRING + SPACE + rb":" + SPACE + _VALUE
 _VALUES = re.compile(_VALUE + rb"(?:" + _COMMA + _VALUE + rb")*+", re.DOTALL)
 _MEMBERS = re.compile(_MEMBER + rb"(?:" + _COMMA + _MEMBER + rb")*+", re.DOTALL)
 _NAME = re.compile(STRING, re.DOTALL)
-_SPACES = re.compile(_SPACE)
+_SPACES = re.compile(SPACE)
 # The inside of a string (RFC 8259 section 7), without half of a surrogate pair.
 _ESCAPE = (
     rb'\\(?:["\\/bfnrt]|u(?:[0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2}'
