@@ -7,7 +7,7 @@ pays for no chain of callbacks either.
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Generator
 from typing import Any, TypeVar, cast
 
 from twisted.internet.defer import Deferred
@@ -25,6 +25,13 @@ class Wait(Deferred[T]):
     """
 
     story: _Story | None = None
+
+    def __await__(self) -> Generator[Deferred[T], Any, T]:
+        """The same as the base class's, but the result is what is sent."""
+        if self.called:
+            return (yield from super().__await__())
+        result: T = yield self
+        return result
 
     def callback(self, result: T | Failure) -> None:
         """See the base class."""
@@ -59,13 +66,13 @@ class _Story:
         self._coroutine = coroutine
 
     def go_on(self, result: object = None) -> None:
-        """Up to the next wait. What was waited for is still the Deferred's result while its
-        callback, which is this, runs: there the coroutine takes it."""
+        """Up to the next wait, with the result of the last one. What is no `Wait` looks into itself
+        for it: the result is still there while its callback, which is this, runs."""
         try:
             if isinstance(result, Failure):
                 waiting = self._coroutine.throw(cast(Exception, result.value))
             else:
-                waiting = self._coroutine.send(None)
+                waiting = self._coroutine.send(result)
         except StopIteration:
             return
         except BaseException:

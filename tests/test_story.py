@@ -128,3 +128,32 @@ def test_a_wait_can_be_cancelled() -> None:
     waiting.cancel()
     assert cancelled == [waiting]
     assert told == ["cancelled"]
+
+
+def test_a_wait_that_is_over_is_not_waited_for() -> None:
+    waiting: Wait[int] = Wait()
+    broken: Wait[int] = Wait()
+    told: list[object] = []
+
+    async def story() -> None:
+        told.append(await waiting)
+        with pytest.raises(ValueError, match="gone"):
+            await broken
+        told.append("broken")
+
+    waiting.callback(7)
+    broken.errback(ValueError("gone"))
+    begin(story())
+    assert told == [7, "broken"]
+
+
+def test_a_wait_can_be_waited_for_by_any_coroutine() -> None:
+    waiting: Wait[int] = Wait()
+    told: list[int] = []
+
+    async def twice() -> int:
+        return 2 * await waiting
+
+    Deferred.fromCoroutine(twice()).addCallback(told.append)
+    waiting.callback(7)
+    assert told == [14]
