@@ -7,7 +7,7 @@ in a row could read differently (RFC 9112 sections 3.2 and 6; RFC 9110 section 7
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llmproxy.errors import (
     BadRequest,
@@ -59,16 +59,18 @@ def problem_so_far(head: bytes) -> ProxyError | None:
     return too_large() if len(head) > MAX_HEADER else None
 
 
-def combined(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
+def combined(fields: Sequence[tuple[bytes, bytes]]) -> Fields:
     """Fields as they came, those of one name combined (RFC 9110 section 5.2).
 
     Of those that may stand but once, two make a value that none of their readers takes.
     """
-    found: Fields = {}
+    found = {name.lower(): value.strip(b" \t") for name, value in fields}
+    if len(found) == len(fields):
+        return found
+    values: dict[bytes, list[bytes]] = {}
     for name, value in fields:
-        name, value = name.lower(), value.strip(b" \t")
-        found[name] = b"%b, %b" % (found[name], value) if name in found else value
-    return found
+        values.setdefault(name.lower(), []).append(value.strip(b" \t"))
+    return {name: b", ".join(all) for name, all in values.items()}
 
 
 def check(method: bytes, target: bytes, version: bytes, fields: Fields) -> None:

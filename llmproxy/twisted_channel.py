@@ -45,7 +45,7 @@ class Parsed:
         channel, message = self._channel, Message()
         message.method, message.target, message.version = channel.request_line()
         sent = self.requestHeaders.getAllRawHeaders()
-        message.fields = framing.combined((n, value) for n, values in sent for value in values)
+        message.fields = framing.combined([(n, value) for n, values in sent for value in values])
         self._upload = message.upload = Upload(length, channel.site.clock, channel)
         try:
             framing.check(message.method, message.target, message.version, message.fields)

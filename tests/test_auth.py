@@ -529,7 +529,7 @@ def sent(authorization: list[bytes], x_api_key: list[bytes]) -> Fields:
     """As `framing.combined` has them, but for the space around one."""
     named = ((b"authorization", authorization), (b"x-api-key", x_api_key))
     return {
-        name: values[0] if len(values) == 1 else combined((name, each) for each in values)[name]
+        name: values[0] if len(values) == 1 else combined([(name, each) for each in values])[name]
         for name, values in named
         if values
     }

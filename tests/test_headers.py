@@ -25,7 +25,7 @@ PRIVATE_TO_BACKEND = [
 
 
 def canaries(names: list[bytes]) -> Fields:
-    return combined((name, b"canary") for name in names)
+    return combined([(name, b"canary") for name in names])
 
 
 def fields(headers: Headers) -> Fields:
