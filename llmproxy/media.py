@@ -49,7 +49,13 @@ def remote_url(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
     the URL of a server of tools.
     """
     roots = _roots(endpoint)
-    found = _fetched([(name, [value]) for name, value in body.items() if name in roots])
+    found = _fetched(
+        [
+            (name, value if type(value) is list else [value])
+            for name, value in body.items()
+            if name in roots
+        ]
+    )
     if found is not None or _TOOLS.keys().isdisjoint(body):
         return found
     return _tool_server(body)
@@ -88,6 +94,8 @@ def _roots(endpoint: Endpoint) -> frozenset[str]:
 def _fetched(waiting: list[tuple[str, list[Any]]]) -> str | None:
     while waiting:
         name, values = waiting.pop()
+        if values and type(values[0]) is int and are_numbers(values):
+            continue
         is_fetched = name in _FETCHED
         for value in values:
             kind = type(value)
@@ -99,7 +107,7 @@ def _fetched(waiting: list[tuple[str, list[Any]]]) -> str | None:
                 is_plain = len(value) == 2 and "role" in value and type(value.get("content")) is str
                 if not is_plain:
                     waiting += _fields(name, value)
-            elif kind is list and not (value and type(value[0]) is int and are_numbers(value)):
+            elif kind is list:
                 waiting.append((name, value))
     return None
 

@@ -167,6 +167,8 @@ def body_for(
         changes["store"] = b"false"
     if model is not None and model != request.model:
         changes["model"] = orjson.dumps(model)
+    if not changes:
+        return request.raw
     raw, there = request.raw, {key: changes.pop(key) for key in [*changes] if key in request.body}
     if there:
         raw = replace(raw, there, request.members or members_of(raw, there))
@@ -202,7 +204,7 @@ def _twice(found: Sequence[Member], prefix: str = "") -> BadRequest:
 def _refuse_spelling(value: dict[str, Any], ours: frozenset[str], prefix: str = "") -> None:
     refuse_too_many(value)
     for key in value:
-        if len(key) <= _LONGEST and key not in ours and (name := key.casefold()) in ours:
+        if key not in ours and len(key) <= _LONGEST and (name := key.casefold()) in ours:
             name = prefix + name
             raise BadRequest(f"The field {name!r} must be spelled like this.", param=name)
 
