@@ -103,8 +103,8 @@ class Downstream:
 
     def detach(self) -> None:
         """The producer has nothing more."""
-        self._be_patient()
-        if self._producer is not None:
+        if self._producer is not None:  # else nobody has held us up
+            self._be_patient()
             self._request.detach()
             self._producer = None
 

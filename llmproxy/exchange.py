@@ -340,13 +340,16 @@ class Exchange:
         went = None
         route.enter()
         try:
-            ending = await self._forwarded(entry, order)
+            ending = await self._begun(entry, order).run()
+            if order.meter is not None:
+                self._services.checkpoints.forget(entry.rid)
+            self._measure(ending)
             went = went_well(ending)
         finally:
             route.leave(went, self._services.monotonic())
         return ending
 
-    async def _forwarded(self, entry: Entry, order: Order) -> Ending:
+    def _begun(self, entry: Entry, order: Order) -> Forward:
         services, backend = self._services, order.route.backend
         config = services.config
         timing = Timing(backend.timeout or config.timeout_read, config.keepalive_interval)
@@ -359,14 +362,9 @@ class Exchange:
         self._forward = forward
         if self._is_cut:
             forward.stop()
-        if order.meter is None:  # it has no counts before its end
-            ending = await forward.run()
-        else:
+        if order.meter is not None:  # else it has no counts before its end
             services.checkpoints.follow(entry.rid, lambda: forward.reading().counts)
-            ending = await forward.run()
-            services.checkpoints.forget(entry.rid)
-        self._measure(self._metrics, ending)
-        return ending
+        return forward
 
     async def _settle(self, entry: Entry, ending: Ending) -> None:
         closing = settlement(ending.outcome, ending.reading, utcnow(), ending.status)
@@ -418,7 +416,10 @@ class Exchange:
             self._first_token_s = now - self._forward_began
             metrics.first_token(self._first_token_s)
 
-    def _measure(self, metrics: BackendMetrics, ending: Ending) -> None:
+    def _measure(self, ending: Ending) -> None:
+        metrics = self._metrics
+        if metrics is None:
+            return
         metrics.request_done(ending.status, self._services.clock.seconds() - self._forward_began)
         if ending.outcome not in _NO_FAULT:
             metrics.error(_error_type(ending))

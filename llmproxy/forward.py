@@ -436,7 +436,6 @@ class Forward:
             self._keep_alive()
 
     def _later(self, name: str, seconds: float, act: Callable[[], None]) -> None:
-        self._cancel(name)
         self._timers[name] = self._clock.callLater(seconds, self._fire, name, act)
 
     def _fire(self, name: str, act: Callable[[], None]) -> None:

@@ -74,9 +74,10 @@ class Timeout:
 
     def cancel(self) -> None:
         """See `IDelayedCall.cancel`."""
-        if self not in self._queue.waiting:
-            raise AlreadyCancelled if self._cancelled else AlreadyCalled
-        del self._queue.waiting[self]
+        try:
+            del self._queue.waiting[self]
+        except KeyError:
+            raise (AlreadyCancelled if self._cancelled else AlreadyCalled) from None
         self._cancelled = True
 
     def getTime(self) -> float:
