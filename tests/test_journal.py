@@ -58,8 +58,9 @@ def settled(state: State = State.SETTLED, **fields: Any) -> Settlement:
 class HeldPool:
     """The writer's pool, whose commits run when the test says so, against the real file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Clock) -> None:
         self.connection = connect(path)
+        self._clock = clock
         install(self.connection)
         self.commits: list[int] = []  # how many operations were in each
         self._waiting: list[tuple[Deferred[Any], Callable[[], Any], int]] = []
@@ -75,11 +76,19 @@ class HeldPool:
         return done
 
     @property
-    def busy(self) -> bool:
+    def runs(self) -> bool:
+        """A commit has begun."""
         return bool(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """The same, once the reactor's rounds have passed that it waits for."""
+        self._clock.advance(0)
+        return self.runs
 
     def commit(self) -> None:
         """Let the commit that waits succeed."""
+        assert self.busy
         ((done, act, operations),) = self._waiting
         self._waiting.clear()
         try:
@@ -92,6 +101,7 @@ class HeldPool:
 
     def fail(self, *, applied: bool = False, text: str = "disk I/O error") -> None:
         """Let it fail; `applied`: it took effect all the same."""
+        assert self.busy
         ((done, act, _),) = self._waiting
         self._waiting.clear()
         if applied:
@@ -103,6 +113,17 @@ class HeldPool:
             self.commit()
 
 
+class Rounds(Clock):
+    """A clock that can run like a reactor, in rounds."""
+
+    def round(self) -> None:
+        """Run what is due, but not what that adds."""
+        for call in [each for each in self.calls if each.getTime() <= self.seconds()]:
+            self.calls.remove(call)
+            call.called = 1
+            call.func(*call.args, **call.kw)
+
+
 class Books:
     """A ledger on a real file, with a clock and commits in the test's hands."""
 
@@ -111,8 +132,8 @@ class Books:
         prepare(self.path)
         self.owners = Owners(self.path)
         self.owners.join()
-        self.clock = Clock()
-        self.pool = HeldPool(self.path)
+        self.clock = Rounds()
+        self.pool = HeldPool(self.path, self.clock)
         self.commits: list[int] = []
         self.ledger = SQLiteLedger(
             cast(adbapi.ConnectionPool, self.pool),
@@ -303,7 +324,9 @@ def test_a_checkpoint_is_for_open_rows_only(books: Books) -> None:
 
 
 def test_what_arrives_while_a_commit_runs_is_one_next_commit(books: Books) -> None:
-    opened = [books.ledger.open(entry(f"r{number}")) for number in range(100)]
+    opened = [books.ledger.open(entry("r0"))]
+    assert books.pool.busy
+    opened += [books.ledger.open(entry(f"r{number}")) for number in range(1, 100)]
     books.pool.commit()
     assert [each.called for each in opened] == [True] + [False] * 99
     books.pool.commit()
@@ -315,18 +338,37 @@ def test_what_arrives_while_a_commit_runs_is_one_next_commit(books: Books) -> No
 
 def test_there_is_no_timer_between_commits(books: Books) -> None:
     books.ledger.open(entry("r1"))
+    assert books.pool.busy
     books.ledger.open(entry("r2"))
     books.pool.commit()
     assert books.pool.busy  # and the clock stood still
 
 
-def test_the_next_commit_runs_before_the_waiters_of_the_last_one_go_on(books: Books) -> None:
-    seen: list[bool] = []
-    books.ledger.open(entry("r1")).addCallback(lambda _: seen.append(books.pool.busy))
+def test_what_arrives_in_one_round_of_the_reactor_is_one_commit(books: Books) -> None:
+    books.ledger.open(entry("r1"))
+    assert not books.pool.runs
+    books.ledger.open(entry("r2"))
+    books.clock.round()
+    assert books.pool.runs
+    books.pool.commit()
+    assert books.pool.commits == [2]
+
+
+def test_the_next_commit_has_what_the_round_brings_in_which_the_last_one_ends(
+    books: Books,
+) -> None:
+    """Its end is told before what is ready in that round is read."""
+    books.ledger.open(entry("r1"))
+    books.clock.round()
     books.ledger.open(entry("r2"))
     books.pool.commit()
-    assert seen == [True]
+    books.clock.round()
+    assert not books.pool.runs
+    books.ledger.open(entry("r3"))  # something that was read
+    books.clock.round()
+    assert books.pool.runs
     books.pool.commit()
+    assert books.pool.commits == [1, 2]
 
 
 def test_operations_are_done_in_their_order(books: Books) -> None:
@@ -338,17 +380,17 @@ def test_operations_are_done_in_their_order(books: Books) -> None:
 
 
 def test_an_open_and_a_settle_in_one_commit_are_done_in_this_order(books: Books) -> None:
-    books.writer.write(lambda connection: None)
     books.ledger.open(entry("r1"))
     books.ledger.settle(entry("r1"), settled())
     books.pool.commit_all()
-    assert books.pool.commits == [1, 2]
+    assert books.pool.commits == [2]
     assert books.rows() == [("r1", "settled", "complete", 3, 2, 1)]
 
 
 def test_when_idle_waits_for_all_that_was_added(books: Books) -> None:
     assert books.writer.when_idle().called
     books.ledger.open(entry("r1"))
+    assert books.pool.busy
     books.ledger.open(entry("r2"))
     idle = books.writer.when_idle()
     assert books.writer.pending == 2
@@ -418,10 +460,8 @@ def test_a_commit_that_fails_changes_nothing_and_leaves_no_transaction(books: Bo
         if trouble:
             raise trouble.pop()
 
-    books.writer.write(lambda connection: None)
     done = books.ledger.settle(entry("r1"), settled())
     after = books.writer.write(fail_once)
-    books.pool.commit()
     books.pool.commit()
     assert books.rows() == [("r1", "open", None, None, None, 0)]
     assert not books.pool.connection.in_transaction
@@ -474,7 +514,6 @@ def test_an_operation_that_can_never_be_written_does_not_hold_up_others(
     def write(_: sqlite3.Connection) -> None:
         raise poison
 
-    books.writer.write(lambda connection: None)
     before = books.ledger.open(entry("r1"))
     poisoned = books.writer.write(write)
     after = books.ledger.settle(entry("r1"), settled())
@@ -493,9 +532,7 @@ def test_an_operation_is_judged_by_its_last_try(books: Books) -> None:
         if errors:
             raise errors.pop(0)
 
-    books.writer.write(lambda connection: None)
     done, trouble = books.writer.write(fail_at_first), books.writer.write(fail_at_first)
-    books.pool.commit()
     books.pool.commit()
     assert not done.called
     books.clock.advance(RETRY_S[0])
@@ -661,8 +698,28 @@ def test_an_outage_is_told_once_and_its_end_too(books: Books) -> None:
 
 def test_a_writer_that_was_stopped_tries_no_more(books: Books) -> None:
     books.writer.write(lambda connection: None)
+    assert books.pool.busy
     books.writer.stop()
     books.pool.fail()
+    assert books.clock.getDelayedCalls() == []
+    assert not books.pool.busy
+
+
+def test_a_writer_that_was_stopped_begins_nothing(books: Books) -> None:
+    books.writer.write(lambda connection: None)
+    books.writer.stop()
+    books.writer.write(lambda connection: None)
+    assert books.clock.getDelayedCalls() == []
+    assert not books.pool.busy
+
+
+def test_a_commit_that_ends_after_the_writer_was_stopped_is_the_last_one(books: Books) -> None:
+    done = books.ledger.open(entry("r1"))
+    assert books.pool.busy
+    books.ledger.open(entry("r2"))
+    books.writer.stop()
+    books.pool.commit()
+    assert done.called
     assert books.clock.getDelayedCalls() == []
     assert not books.pool.busy
 
@@ -682,6 +739,7 @@ def test_a_number_that_can_t_be_written_before_the_end_is_in_the_log(
 def hung(books: Books) -> None:
     """A commit that has been running for too long."""
     books.writer.write(lambda connection: None)
+    assert books.pool.busy
     for _ in range(round(OPEN_TIMEOUT_S / SWEEP_S)):
         assert not books.writer.failing
         books.clock.advance(SWEEP_S)
@@ -740,6 +798,7 @@ def test_a_commit_that_hangs_and_then_fails_is_told_with_its_reason(
 
 def test_a_commit_that_hangs_for_an_hour_does_not_fill_the_memory(books: Books) -> None:
     books.writer.write(lambda connection: None)
+    assert books.pool.busy
     refused: list[Failure] = []
     for number in range(3600 * 4):
         books.ledger.open(entry(f"r{number}")).addErrback(refused.append)
@@ -808,10 +867,8 @@ def test_a_recovery_that_is_repeated_counts_each_row_once(books: Books) -> None:
         if trouble:
             raise trouble.pop()
 
-    books.writer.write(lambda connection: None)
     found = books.ledger.recover()
     books.writer.write(fail_once)
-    books.pool.commit()
     books.pool.commit()
     assert not found.called
     books.clock.advance(RETRY_S[0])

@@ -232,7 +232,7 @@ def test_what_is_closed_before_it_is_opened_in_one_commit_is_open(file: sqlite3.
 def test_a_checkpoint_of_many_rows_is_for_those_that_are_open(file: sqlite3.Connection) -> None:
     rids = [f"r{number:03}" for number in range(2 * rows.MOST_ROWS + 3)]
     _write(file, [*map(opened, rids), settled(rids[0])])
-    rows.CHECKPOINT.write(file, [rows.checkpoint(rid, {Kind.COMPLETION: 7}) for rid in rids])
+    rows.CHANGE.write(file, [rows.checkpoint(rid, {Kind.COMPLETION: 7}) for rid in rids])
     noted = file.execute("SELECT prompt, completion FROM ledger ORDER BY rid").fetchall()
     assert noted == [(3, 2)] + [(None, 7)] * (len(rids) - 1)
     assert quantities(file) == [(rids[0], 3), (rids[0], 2)]
@@ -267,15 +267,26 @@ class Counting:
         return self._connection.execute(statement, *parameters)
 
 
-def test_a_commit_of_sixteen_operations_is_four_statements(file: sqlite3.Connection) -> None:
-    _write(file, [opened(f"r{number}") for number in range(8)])
+@pytest.mark.parametrize(
+    ("half", "statements"),
+    [
+        (1, ["INSERT"]),
+        (rows.MOST_ROWS // 2, ["INSERT"]),
+        (rows.MOST_ROWS // 2 + 1, ["BEGIN", "INSERT", "INSERT", "COMMIT"]),
+    ],
+)
+def test_a_commit_of_rows_is_one_statement_or_few(
+    file: sqlite3.Connection, half: int, statements: list[str]
+) -> None:
+    _write(file, [opened(f"r{number}") for number in range(half)])
     mixed: list[Operation] = []
-    for number in range(8):
+    for number in range(half):
         mixed += [settled(f"r{number}"), opened(f"s{number}")]
     counting = Counting(file)
     _write(cast(sqlite3.Connection, counting), mixed)
-    assert counting.statements == ["BEGIN", "INSERT", "INSERT", "COMMIT"]
-    assert len(quantities(file)) == 16
+    assert counting.statements == statements
+    assert len(quantities(file)) == 2 * half
+    assert not file.in_transaction
 
 
 # -- faults ------------------------------------------------------------------------------------
@@ -319,12 +330,15 @@ def test_one_that_could_not_be_written_is_judged_by_its_last_try(file: sqlite3.C
     assert operation.error is None
 
 
-def test_trouble_of_the_store_undoes_all(file: sqlite3.Connection) -> None:
+@pytest.mark.parametrize("number", [1, rows.MOST_ROWS])
+def test_trouble_of_the_store_undoes_all(file: sqlite3.Connection, number: int) -> None:
     _write(file, [opened("r1")])
     before = content(file)
-    file.execute("DROP TRIGGER close_row")  # so that the second statement fails
+    file.create_function("fault", 0, lambda: 1 // 0)
+    file.execute("CREATE TEMP TRIGGER fails AFTER UPDATE ON main.ledger BEGIN SELECT fault(); END")
+    more = [opened(f"s{number}") for number in range(number)]
     with pytest.raises(sqlite3.OperationalError):
-        _write(file, [opened("r2"), settled("r1")])
+        _write(file, [*more, settled("r1")])
     assert content(file) == before
     assert not file.in_transaction
 

@@ -49,7 +49,7 @@ class File:
         rows.add_prices(self.connection, [PRICE, DOLLARS])
         self.pool = make_pool(self.path, reactor, install)
         self.spending = SQLiteSpending(
-            GroupCommit(self.pool, self.clock),
+            GroupCommit(self.pool, reactor),
             lambda: self.currency,
             today=lambda: self.today,
             monotonic=self.clock.seconds,
@@ -61,13 +61,13 @@ class File:
         """A row in flight, which has taken so much until now."""
         moment = datetime(2026, 3, 15, tzinfo=UTC)
         entry = Entry(rid, moment, Account(key), "/v1/x", "m", "gpu", price, held)
-        rows.OPEN.write(self.connection, [rows.opening(entry, "owner")])
-        rows.CHECKPOINT.write(self.connection, [rows.checkpoint(rid, counted(running))])
+        rows.CHANGE.write(self.connection, [rows.opening(entry, "owner")])
+        rows.CHANGE.write(self.connection, [rows.checkpoint(rid, counted(running))])
 
     def close(self, rid: str, state: State, day: date = TODAY, **counts: int) -> None:
         noon = datetime(day.year, day.month, day.day, 12, tzinfo=UTC)
         closing = Settlement(state, Outcome.COMPLETE, counted(counts), noon, 200)
-        rows.CLOSE.write(self.connection, [rows.closing(rid, closing, bills_here=True)])
+        rows.CHANGE.write(self.connection, [rows.closing(rid, closing, bills_here=True)])
 
     def billed(self, rid: str, day: date, key: str = "alice", **counts: int) -> None:
         self.open(rid, key)

@@ -53,9 +53,9 @@ def closed(
 
 
 def write(connection: sqlite3.Connection, entry: Entry, *settlements: Settlement) -> None:
-    rows.OPEN.write(connection, [rows.opening(entry, "owner")])
+    rows.CHANGE.write(connection, [rows.opening(entry, "owner")])
     for each in settlements:
-        rows.CLOSE.write(connection, [rows.closing(entry.rid, each, bills_here=True)])
+        rows.CHANGE.write(connection, [rows.closing(entry.rid, each, bills_here=True)])
 
 
 def sums(connection: sqlite3.Connection) -> Sums:

@@ -1,6 +1,7 @@
 """The ledger in SQLite: rows, and commits in groups.
 
-What arrives while one commit runs is the next commit; there is no timer in between:
+What arrives while one commit runs is the next commit, and so is what the reactor's round brings in
+which it could begin; there is no timer in between:
 
     open ---\\                    /--> open's Deferred fires
     settle ---> queue -> commit ---> settle's Deferred fires
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from twisted.enterprise import adbapi
 from twisted.internet.defer import Deferred, fail, succeed
@@ -78,13 +79,11 @@ class Operation:
 
     `error`: why this one can never be written (a fault of ours); the others are not held up.
     `abandoned`: nobody waits for it any more.
-    `statement`: by which many of its kind are written at once; None for those that stand alone.
     """
 
     done: Wait[None] = field(default_factory=Wait, init=False)
     error: Exception | None = field(default=None, init=False)
     abandoned: bool = field(default=False, init=False)
-    statement: ClassVar[rows.Statement | None] = None
 
     def write(self, connection: sqlite3.Connection) -> None:
         """What there is to do."""
@@ -139,13 +138,12 @@ class Apart(Call):
 
 @dataclass(slots=True, eq=False, repr=False)
 class RowOperation(Operation):
-    """One that writes `row`, together with others of its kind if there are any."""
+    """One that writes `row`, in one statement with those that come before and after it."""
 
     row: rows.Row
-    statement: ClassVar[rows.Statement]
 
     def write(self, connection: sqlite3.Connection) -> None:
-        self.statement.write(connection, [self.row])
+        rows.CHANGE.write(connection, [self.row])
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -153,8 +151,6 @@ class Opening(RowOperation):
     """The opening of a row; given up when it takes too long."""
 
     deadline: float
-    tried: bool = field(default=False, init=False)
-    statement = rows.OPEN
 
     def give_up(self) -> None:
         """Nobody waits any more; if the row is there, or may be, it must be closed."""
@@ -166,7 +162,6 @@ class Closing(RowOperation):
     """The closing of a row; the lines of its bill, if they are in this file, go with it."""
 
     __slots__ = ()
-    statement = rows.CLOSE
 
 
 class Settling(Closing):
@@ -182,16 +177,15 @@ class Noting(RowOperation):
     """An attempt."""
 
     __slots__ = ()
-    statement = rows.ATTEMPT
 
 
 class GroupCommit:
     """The writer: runs operations in commits, in order, and repeats a commit that failed.
 
-    States: idle; committing (a thread works on `_batch`, which it takes from `_queue` once it can
-    write); waiting (the last commit failed and is repeated soon). `failing` tells that the last
-    commit failed, or hangs; it goes on until a commit has really written something, whether or not
-    anybody waits for one.
+    States: idle; waiting (a commit begins at the end of the reactor's round, or later if the last
+    one failed); committing (a thread works on `_batch`, which it takes from `_queue` once it can
+    write). `failing` tells that the last commit failed, or hangs; it goes on until a commit has
+    really written something, whether or not anybody waits for one.
     """
 
     log = Logger()
@@ -209,10 +203,10 @@ class GroupCommit:
         self._on_commit = on_commit
         self._queue: list[Operation] = []
         self._batch: list[Operation] = []
-        self._idle = True
+        self._committing = False
+        self._next: IDelayedCall | None = None  # the beginning of a commit
         self._retry_s = RETRY_S[0]
         self._sweeper: IDelayedCall | None = None
-        self._retry: IDelayedCall | None = None
         self._waiters: list[Deferred[None]] = []
         self._stopped = False
         self._began = 0.0
@@ -238,8 +232,8 @@ class GroupCommit:
     def add(self, operation: Operation) -> Deferred[None]:
         """Put an operation into the next commit; its Deferred fires once it is durable."""
         self._queue.append(operation)
-        if self._idle:
-            self._commit()
+        if self._is_idle:
+            self._commit_within(0.0)
         return operation.done
 
     def write(self, write: Callable[[sqlite3.Connection], None]) -> Deferred[None]:
@@ -260,19 +254,31 @@ class GroupCommit:
         for operation in self._waiting():
             if what := operation.lost():
                 self.log.error("ledger: not written: {what}", what=what)
-        self._stop_sweeping()
-        if self._retry is not None and self._retry.active():
-            self._retry.cancel()
+        for call in (self._sweeper, self._next):
+            if call is not None:
+                call.cancel()
+        self._sweeper = self._next = None
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._next is None and not self._committing
+
+    def _commit_within(self, seconds: float) -> None:
+        """Begin the next commit once all has been served that is ready by then.
+
+        What that brings is in it too: a commit costs as much as ten operations do in one.
+        """
+        self._later(seconds, self._commit)
+
+    def _later(self, seconds: float, act: Callable[..., None], *args: Any) -> None:
+        if not self._stopped:
+            self._next = self._clock.callLater(seconds, act, *args)
 
     def _commit(self) -> None:
-        if self._stopped:
-            return
-        self._idle = not self.pending
-        if self._idle:
-            self._tell_idle()
-            return
+        self._next = None
         if self._sweeper is None:
             self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
+        self._committing = True
         self._began = self._clock.seconds()
         started = time.monotonic()
         running = self._pool.runWithConnection(_commit, self._take, self._turnstile)
@@ -286,20 +292,26 @@ class GroupCommit:
     def _take(self) -> Sequence[Operation]:
         """What the next commit writes. Called in the writer's thread, while the queue grows."""
         new = self._queue[:]  # the same list all the time: the reactor's thread appends to it
-        self._batch = _without_abandoned(self._batch + new)
+        again = [_closing(op) if op.abandoned else op for op in self._batch]
+        self._batch = again + [op for op in new if not op.abandoned]
         del self._queue[: len(new)]
         return self._batch
 
     def _committed(self, _: object, started: float) -> None:
         done, self._batch = self._batch, []
-        self._hanging = False
+        self._committing = self._hanging = False
         if done:
             self._on_commit(time.monotonic() - started, len(done))
             self._works_again()
-        self._queue[:0] = [_closing(op) for op in _abandoned(done)]
-        self._commit()  # the next commit runs in its thread while the waiters of this one go on
+        self._queue[:0] = [_closing(op) for op in done if op.abandoned]
+        if self._queue:
+            # What a thread has called comes before what is ready in this round: so it is the
+            # next one's call.
+            self._later(0.0, self._commit_within, 0.0)
         for operation in done:
             operation.finish()
+        if not self.pending:
+            self._tell_idle()
 
     def _works_again(self) -> None:
         if self._failing_since is not None:
@@ -312,9 +324,9 @@ class GroupCommit:
             return
         if self._hanging or not self.failing:
             self.log.error("ledger: commit failed, repeating: {error}", error=failure.value)
-        self._hanging = False
+        self._committing = self._hanging = False
         self._begin_failing(self._clock.seconds())
-        self._retry = self._clock.callLater(self._retry_s, self._commit)
+        self._commit_within(self._retry_s)
         self._retry_s = min(2 * self._retry_s, RETRY_S[1])
 
     def _begin_failing(self, since: float) -> None:
@@ -328,25 +340,20 @@ class GroupCommit:
     def _sweep(self) -> None:
         """Give up openings that have waited too long, and see whether the commit hangs."""
         self._sweeper = None
-        if self._idle:
+        if self._is_idle:
             return
         self._sweeper = self._clock.callLater(SWEEP_S, self._sweep)
         now = self._clock.seconds()
         for op in self._waiting():
             if isinstance(op, Opening) and not op.abandoned and op.deadline < now + SWEEP_S:
                 op.give_up()
-        if not self.failing and now - self._began >= OPEN_TIMEOUT_S:
+        if self._committing and not self.failing and now - self._began >= OPEN_TIMEOUT_S:
             # Nothing bounds the wait for another process's turn, or for a disk.
             self._hanging = True
             self._begin_failing(self._began)
             self.log.error(
                 "ledger: a commit takes longer than {seconds:.0f} s", seconds=OPEN_TIMEOUT_S
             )
-
-    def _stop_sweeping(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            self._sweeper = None
 
     def _tell_idle(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -367,6 +374,9 @@ def _commit(
 
 
 def _write(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
+    """All of `batch`, with the effect that it has one by one in its order; or nothing."""
+    if _is_written_at_once(connection, batch):
+        return
     connection.execute("BEGIN IMMEDIATE")
     try:
         _apply(connection, batch)
@@ -377,56 +387,54 @@ def _write(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
         raise
 
 
-def _apply(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
-    """Do all of `batch`, with the effect that it has one by one in its order.
+def _is_written_at_once(connection: sqlite3.Connection, batch: Sequence[Operation]) -> bool:
+    """Write rows in one statement, which is a transaction by itself, if they are nothing else.
 
-    Openings go before closings, as long as none is of a row that was closed before it.
+    While others wait for their turn, the interpreter's lock is waited for once.
     """
-    openings: list[Opening] = []
-    notes: list[Noting] = []
-    closings: list[Closing] = []
-    closed: set[object] = set()
+    changes = [op for op in batch if isinstance(op, RowOperation)]
+    if len(changes) < len(batch) or len(batch) > rows.MOST_ROWS:
+        return False
+    try:
+        rows.CHANGE.write(connection, [op.row for op in changes])
+    except Exception as error:
+        if _is_trouble(error):
+            raise
+        return False  # one of them can't be written, and so none was
+    _no_error(changes)
+    return True
 
-    def flush() -> None:
-        _apply_rows(connection, openings)
-        _apply_rows(connection, notes)
-        _apply_rows(connection, closings)
-        for done in (openings, notes, closings, closed):
-            done.clear()
 
+def _apply(connection: sqlite3.Connection, batch: Sequence[Operation]) -> None:
+    changes: list[RowOperation] = []
     for operation in batch:
-        if isinstance(operation, Closing):
-            closings.append(operation)
-            closed.add(operation.row[0])
-        elif isinstance(operation, Opening):
-            if operation.row[0] in closed:
-                flush()
-            operation.tried = True
-            openings.append(operation)
-        elif isinstance(operation, Noting):
-            notes.append(operation)
+        if isinstance(operation, RowOperation):
+            changes.append(operation)
         elif isinstance(operation, Apart):
             operation.apply(connection)
         else:
-            flush()
+            _apply_rows(connection, changes)
+            changes.clear()
             operation.apply(connection)
-    flush()
+    _apply_rows(connection, changes)
 
 
 def _apply_rows(connection: sqlite3.Connection, operations: Sequence[RowOperation]) -> None:
-    """Do operations of one kind at once; if one of them can't be written, one by one."""
-    if not operations:
-        return
+    """Do them at once; if one of them can't be written, one by one."""
     try:
-        operations[0].statement.write(connection, [each.row for each in operations])
+        rows.CHANGE.write(connection, [op.row for op in operations])
     except Exception as error:
         if _is_trouble(error):
             raise
         for operation in operations:
             operation.apply(connection)
     else:
-        for operation in operations:
-            operation.error = None
+        _no_error(operations)
+
+
+def _no_error(operations: Iterable[Operation]) -> None:
+    for operation in operations:
+        operation.error = None
 
 
 def _touch(connection: sqlite3.Connection) -> None:
@@ -435,20 +443,9 @@ def _touch(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA user_version = {int(version)}")
 
 
-def _abandoned(batch: Iterable[Operation]) -> list[Opening]:
-    return [op for op in batch if op.abandoned and isinstance(op, Opening)]
-
-
-def _without_abandoned(batch: list[Operation]) -> list[Operation]:
-    """Drop openings that nobody waits for; those that were tried may be there: close them."""
-    if not (abandoned := _abandoned(batch)):
-        return batch
-    closings: dict[Operation, Closing] = {op: _closing(op) for op in abandoned if op.tried}
-    return [closings.get(op, op) for op in batch if op in closings or not op.abandoned]
-
-
-def _closing(opening: Opening) -> Closing:
+def _closing(opening: Operation) -> Closing:
     """Close the row, if it is there, of a request that was given up before it was sent."""
+    assert isinstance(opening, Opening)
     return Closing(rows.closing_for_nothing(opening.row))
 
 
@@ -509,7 +506,7 @@ class SQLiteLedger:
     def checkpoint(self, running: Mapping[str, Counts]) -> Deferred[None]:
         """See `ILedger.checkpoint`."""
         noted = [rows.checkpoint(rid, counts) for rid, counts in running.items()]
-        return self.writer.write(lambda connection: rows.CHECKPOINT.write(connection, noted))
+        return self.writer.write(lambda connection: rows.CHANGE.write(connection, noted))
 
     def note(self, attempt: Attempt) -> Deferred[None]:
         """See `ILedger.note`."""
@@ -544,7 +541,7 @@ class SQLiteLedger:
             settlement = Settlement(state=state, outcome=None, counts=counts, finished=utcnow())
             closings.append(rows.closing(entry.rid, settlement, bills_here=self._bills_here))
             found[state] = found.get(state, 0) + 1
-        rows.CLOSE.write(connection, closings)
+        rows.CHANGE.write(connection, closings)
 
     def undelivered(self, limit: int) -> Deferred[Sequence[Event]]:
         """See `IOutbox.undelivered`."""

@@ -1,12 +1,12 @@
-"""The ledger's rows as they are written: many of a kind in one statement.
+"""The ledger's rows as they are written: many at once, of all kinds, in one statement.
 
 What a row needs is a tuple of parameters, made in the reactor's thread. The writer's thread shares
 the interpreter's lock with the reactor, and SQLite gives it up and waits for it again at each
 statement: so few statements are what makes a commit short while the proxy is busy.
 
-Two kinds of statement can't be had for many rows at once without a trigger: an UPDATE that has its
-own values for each row, and the lines of a bill that are added only if their row was changed. The
-views and triggers are temporary: they exist on the writer's connection only.
+One statement can do different things to rows, and an UPDATE with its own values for each, only by
+a trigger on a view. The view and the triggers are temporary: they exist on the writer's connection
+only.
 """
 
 from __future__ import annotations
@@ -25,18 +25,62 @@ MOST_ROWS = 32
 Row = tuple[str | int | None, ...]
 
 _KINDS = tuple(Kind)
-_COUNTS = ", ".join(_KINDS)
 _BILLED = ", ".join(sorted(f"'{state}'" for state in BILLED))
 
+#: What is done to a row: the first of its parameters. The others are for the columns below.
+OPEN, CLOSE, ATTEMPT, CHECKPOINT = range(4)
+_OPENED = (
+    "rid",
+    "owner",
+    "opened",
+    "api_key",
+    "user_id",
+    "path",
+    "model",
+    "device",
+    "price",
+    "held_tokens",
+    "held_cost",
+)
+_CLOSED = ("rid", "state", "outcome", "status", "finished", "raw", *_KINDS, "delivered")
+_NOTED = ("rid", "number", "ended", "server", "outcome", "status")
+_RUNNING = ("rid", *_KINDS)
+#: Those that a kind has no use for are NULL.
+_PARAMETERS = [f"p{number}" for number in range(len(_OPENED))]
+
+
+def _values(columns: Sequence[str]) -> str:
+    return ", ".join(f"new.{name}" for name in _PARAMETERS[: len(columns)])
+
+
+def _settings(columns: Sequence[str]) -> str:
+    """For all columns but the first, which says whose they are."""
+    pairs = zip(columns, _PARAMETERS, strict=False)
+    return ", ".join(f"{column} = new.{name}" for column, name in list(pairs)[1:])
+
+
+CHANGE_VIEW = f"""
+CREATE TEMP VIEW change(what, {", ".join(_PARAMETERS)}) AS
+    VALUES (NULL, {", ".join("NULL" for _ in _PARAMETERS)});"""
+# Not `OR IGNORE`, which would pass over a row with a NULL where none may be as if it were there.
+OPEN_TRIGGER = f"""
+CREATE TEMP TRIGGER open_row INSTEAD OF INSERT ON change WHEN new.what = {OPEN} BEGIN
+    INSERT INTO ledger (state, {", ".join(_OPENED)}) VALUES ('open', {_values(_OPENED)})
+    ON CONFLICT (rid) DO NOTHING;
+END;"""
 # `orphan` may still become better known: another process may have taken us for dead.
 CLOSE_TRIGGER = f"""
-CREATE TEMP VIEW closing AS
-    SELECT rid, state, outcome, status, finished, raw, {_COUNTS}, delivered FROM ledger;
-CREATE TEMP TRIGGER close_row INSTEAD OF INSERT ON closing BEGIN
-    UPDATE ledger SET state = new.state, outcome = new.outcome, status = new.status,
-        finished = new.finished, raw = new.raw, delivered = new.delivered,
-        {", ".join(f"{kind} = new.{kind}" for kind in Kind)}
-    WHERE rid = new.rid AND state IN ('open', 'orphan');
+CREATE TEMP TRIGGER close_row INSTEAD OF INSERT ON change WHEN new.what = {CLOSE} BEGIN
+    UPDATE ledger SET {_settings(_CLOSED)} WHERE rid = new.p0 AND state IN ('open', 'orphan');
+END;"""
+ATTEMPT_TRIGGER = f"""
+CREATE TEMP TRIGGER note_attempt INSTEAD OF INSERT ON change WHEN new.what = {ATTEMPT} BEGIN
+    INSERT INTO attempt ({", ".join(_NOTED)}) VALUES ({_values(_NOTED)})
+    ON CONFLICT (rid, number) DO NOTHING;
+END;"""
+CHECKPOINT_TRIGGER = f"""
+CREATE TEMP TRIGGER checkpoint_row INSTEAD OF INSERT ON change WHEN new.what = {CHECKPOINT} BEGIN
+    UPDATE ledger SET {_settings(_RUNNING)} WHERE rid = new.p0 AND state = 'open';
 END;"""
 # It fires for a row that was really changed, so a row that was closed before gets no lines again.
 # Where the bill is elsewhere, `delivered` is 0 for whatever puts a line on it.
@@ -54,12 +98,6 @@ WHEN new.delivered AND new.state IN ({_BILLED}) BEGIN
     )
     + "END;"
 )
-CHECKPOINT_TRIGGER = f"""
-CREATE TEMP VIEW running AS SELECT rid, {_COUNTS} FROM ledger;
-CREATE TEMP TRIGGER checkpoint_row INSTEAD OF INSERT ON running BEGIN
-    UPDATE ledger SET {", ".join(f"{kind} = new.{kind}" for kind in Kind)}
-    WHERE rid = new.rid AND state = 'open';
-END;"""
 
 ADD_PRICE = "INSERT OR IGNORE INTO price VALUES (?, ?, ?, ?, ?, ?)"
 ADD_EVENT = """INSERT OR IGNORE INTO event_oneoff (created, api_key, product, quantity, rid)
@@ -79,31 +117,27 @@ class Statement:
             connection.execute(self._texts[len(part)], [*chain.from_iterable(part)])
 
 
-# Not `OR IGNORE`, which would pass over a row with a NULL where none may be as if it were there.
-OPEN = Statement(
-    "INSERT INTO ledger"
-    " (rid, state, owner, opened, api_key, user_id, path, model, device, price,"
-    " held_tokens, held_cost) VALUES ",
-    "(?, 'open', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    " ON CONFLICT (rid) DO NOTHING",
-)
-ATTEMPT = Statement(
-    "INSERT INTO attempt VALUES ", "(?, ?, ?, ?, ?, ?)", " ON CONFLICT (rid, number) DO NOTHING"
-)
-CLOSE = Statement("INSERT INTO closing VALUES ", "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
-CHECKPOINT = Statement("INSERT INTO running VALUES ", "(?, ?, ?, ?, ?)")
+CHANGE = Statement("INSERT INTO change VALUES ", f"({', '.join('?' * (1 + len(_PARAMETERS)))})")
 MARK_DELIVERED = Statement("UPDATE ledger SET delivered = 1 WHERE rid IN (", "?", ")")
 
 
 def install(connection: sqlite3.Connection) -> None:
-    """What CLOSE and CHECKPOINT need: once for each connection that writes rows."""
-    connection.executescript(CLOSE_TRIGGER + BILL_TRIGGER + CHECKPOINT_TRIGGER)
+    """What CHANGE needs: once for each connection that writes rows."""
+    connection.executescript(
+        CHANGE_VIEW
+        + OPEN_TRIGGER
+        + CLOSE_TRIGGER
+        + ATTEMPT_TRIGGER
+        + CHECKPOINT_TRIGGER
+        + BILL_TRIGGER
+    )
 
 
 def opening(entry: Entry, owner: str) -> Row:
-    """The parameters of OPEN."""
+    """The parameters of CHANGE that open a row."""
     account, (held_tokens, held_cost) = entry.account, entry.held or (None, None)
     return (
+        OPEN,
         entry.rid,
         owner,
         to_text(entry.opened),
@@ -119,21 +153,25 @@ def opening(entry: Entry, owner: str) -> Row:
 
 
 def attempt(made: Attempt) -> Row:
-    """The parameters of ATTEMPT."""
+    """The parameters of CHANGE that note an attempt."""
     return (
+        ATTEMPT,
         made.rid,
         made.number,
         to_text(made.ended),
         made.server,
         made.outcome.value,
         made.status,
+        *_unused(_NOTED),
     )
 
 
 def closing(rid: str, settlement: Settlement, *, bills_here: bool) -> Row:
-    """The parameters of CLOSE. `bills_here`: the bill is in this file, and gets its lines too."""
+    """The parameters of CHANGE that close a row. `bills_here`: the bill is in this file, and gets
+    its lines too."""
     state, outcome, counts = settlement.state, settlement.outcome, settlement.counts
     return (
+        CLOSE,
         rid,
         str(state),  # sqlite3 is slow with what is only nearly a str
         outcome and str(outcome),
@@ -146,21 +184,25 @@ def closing(rid: str, settlement: Settlement, *, bills_here: bool) -> Row:
 
 
 def describe_closing(row: Row) -> str:
-    """A row of CLOSE for the log."""
-    rid, state, _, _, _, _, *counts, _ = row
+    """What closes a row, for the log."""
+    _, rid, state, _, _, _, _, *counts, _ = row
     counted = [f"{kind} {n}" for kind, n in zip(Kind, counts, strict=True) if n is not None]
     return f"{rid} {state}: {', '.join(counted) or 'nothing'}"
 
 
 def closing_for_nothing(opened: Row) -> Row:
-    """The parameters of CLOSE for a row of OPEN that was given up before its request was sent."""
-    rid, _, moment, *_ = opened
-    return (rid, "settled", "refused", None, moment, None, None, None, None, None, 1)
+    """The same for a row that was given up before its request was sent. `opened`: what opens it."""
+    _, rid, _, moment, *_ = opened
+    return (CLOSE, rid, "settled", "refused", None, moment, None, None, None, None, None, 1)
 
 
 def checkpoint(rid: str, counts: Counts) -> Row:
-    """The parameters of CHECKPOINT."""
-    return (rid, *map(counts.get, _KINDS))
+    """The parameters of CHANGE that note a running count."""
+    return (CHECKPOINT, rid, *map(counts.get, _KINDS), *_unused(_RUNNING))
+
+
+def _unused(columns: Sequence[str]) -> Row:
+    return (None,) * (len(_PARAMETERS) - len(columns))
 
 
 def add_prices(connection: sqlite3.Connection, prices: Iterable[Price]) -> None:

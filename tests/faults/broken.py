@@ -50,8 +50,8 @@ def bill_at_the_end(set_attribute: SetAttribute) -> None:
 
     def settle(self: Any, entry: Entry, settlement: Settlement) -> Deferred[None]:
         def write(connection: Any) -> None:
-            rows.OPEN.write(connection, [rows.opening(entry, self._owners.me)])
-            rows.CLOSE.write(connection, [rows.closing(entry.rid, settlement, bills_here=True)])
+            rows.CHANGE.write(connection, [rows.opening(entry, self._owners.me)])
+            rows.CHANGE.write(connection, [rows.closing(entry.rid, settlement, bills_here=True)])
 
         written: Deferred[None] = self.writer.write(write)
         return written
@@ -63,7 +63,7 @@ def bill_at_the_end(set_attribute: SetAttribute) -> None:
 def bill_again(set_attribute: SetAttribute) -> None:
     def settle(self: Any, entry: Entry, settlement: Settlement) -> Deferred[None]:
         def write(connection: Any) -> None:
-            rows.CLOSE.write(connection, [rows.closing(entry.rid, settlement, bills_here=True)])
+            rows.CHANGE.write(connection, [rows.closing(entry.rid, settlement, bills_here=True)])
             for event in events(entry, settlement):
                 row = ("now", "key", event.product + "#2", event.quantity, event.rid)
                 connection.execute(rows.ADD_EVENT, row)

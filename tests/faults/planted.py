@@ -100,12 +100,12 @@ def events_without_identity() -> Iterator[None]:
 
     lines = "".join(
         f"""INSERT INTO event_oneoff (created, api_key, product, quantity, rid)
-        SELECT new.finished, api_key, model || '/' || device || '/{kind}', new.{kind}, rid
-        FROM ledger WHERE rid = new.rid AND new.{kind} IS NOT NULL;"""
+        SELECT finished, api_key, model || '/' || device || '/{kind}', {kind}, rid
+        FROM ledger WHERE rid = new.p0 AND {kind} IS NOT NULL AND delivered;"""
         for kind in Kind
     )
-    trigger = f"""CREATE TEMP TRIGGER bill_again INSTEAD OF INSERT ON closing
-        WHEN new.delivered AND new.state IN ('settled', 'estimated') BEGIN {lines} END;"""
+    trigger = f"""CREATE TEMP TRIGGER bill_again INSTEAD OF INSERT ON change
+        WHEN new.what = {rows.CLOSE} AND new.p1 IN ('settled', 'estimated') BEGIN {lines} END;"""
     with mock.patch.object(rows, "BILL_TRIGGER", trigger):
         simulation.SCHEMA_HOOK[0] = "DROP INDEX event_oneoff_identity;"
         try:

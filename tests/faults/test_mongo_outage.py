@@ -262,14 +262,14 @@ def fill(path: Path, count: int) -> None:
                 model="m",
                 device="gpu",
             )
-            rows.OPEN.write(connection, [rows.opening(entry, "gone")])
+            rows.CHANGE.write(connection, [rows.opening(entry, "gone")])
             settlement = Settlement(
                 state=State.SETTLED,
                 outcome=Outcome.COMPLETE,
                 counts={Kind.PROMPT: number + 1, Kind.COMPLETION: 1},
                 finished=opened,
             )
-            rows.CLOSE.write(connection, [rows.closing(entry.rid, settlement, bills_here=False)])
+            rows.CHANGE.write(connection, [rows.closing(entry.rid, settlement, bills_here=False)])
         connection.execute("COMMIT")
 
 
