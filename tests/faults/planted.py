@@ -64,9 +64,9 @@ def new_id_on_retry() -> AbstractContextManager[Any]:
 
     def failed(self: GroupCommit, failure: Failure) -> None:
         for operation in self._batch:
-            if isinstance(operation, Opening) and operation.tried:
-                rid, *others = operation.row
-                operation.row = (f"{rid}-again", *others)
+            if isinstance(operation, Opening):
+                what, rid, *others = operation.row
+                operation.row = (what, f"{rid}-again", *others)
         original(self, failure)
 
     return mock.patch.object(GroupCommit, "_failed", failed)
