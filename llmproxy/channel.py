@@ -109,8 +109,9 @@ class Channel(Protocol):
         self._closing = self._gone = False
         self._held = self._congested = self._paused = False
         self._producer: Producer | None = None
-        self._timer: IDelayedCall | None = None
-        self._due: Callable[[], None] | None = None  # what the timer is for
+        self._timer: IDelayedCall | None = None  # comes then, or before that
+        self._due: Callable[[], None] | None = None  # what is to be done when it is too late
+        self._due_at = 0.0
 
     # -- the connection ----------------------------------------------------------------------
 
@@ -128,6 +129,7 @@ class Channel(Protocol):
         """It went."""
         self._gone = True
         self._wait_no_more()
+        self._stop_timer()
         self._queue.clear()
         self._part_from_parser()
         self.site.left(self)
@@ -177,20 +179,32 @@ class Channel(Protocol):
     # -- deadlines ---------------------------------------------------------------------------
 
     def _wait(self, seconds: float, act: Callable[[], None]) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = act
-        self._timer = self.site.clock.callLater(seconds, self._too_late)
+        """Do `act` then, in the place of what was waited for."""
+        clock, timer = self.site.clock, self._timer
+        self._due, self._due_at = act, clock.seconds() + seconds
+        if timer is None or timer.getTime() > self._due_at:
+            self._stop_timer()
+            self._timer = clock.callLater(seconds, self._time_passed)
 
     def _wait_no_more(self) -> None:
+        """The timer goes on: most often the same is waited for again before it comes."""
+        self._due = None
+
+    def _time_passed(self) -> None:
+        due, self._timer = self._due, None
+        if due is None:
+            return
+        left = self._due_at - self.site.clock.seconds()
+        if left > 0:
+            self._timer = self.site.clock.callLater(left, self._time_passed)
+        else:
+            self._due = None
+            due()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = self._due = None
-
-    def _too_late(self) -> None:
-        due, self._timer, self._due = self._due, None, None
-        if due is not None:
-            due()
+            self._timer = None
 
     def _header_too_slow(self) -> None:
         self._refuse(RequestTimeout("The request's header did not arrive in time."))
@@ -342,9 +356,7 @@ class Channel(Protocol):
             framing.check(method, target, version, fields)
         except ProxyError as error:
             message.refusal = error
-        length: int | None = None
-        if b"transfer-encoding" not in fields:
-            length = int(fields[b"content-length"]) if b"content-length" in fields else 0
+        length = None if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
         self._left_bytes = length or 0
         self._chunked_bytes = self._framing_bytes = 0
         message.upload = Upload(length, self.site.clock, self)

@@ -309,6 +309,24 @@ def test_a_silent_client_that_takes_nothing_is_reset(server):
     server.clock.advance(0)
 
 
+def test_the_silence_counts_from_the_last_answer(server):
+    for number in range(2):
+        server.clock.advance(IDLE_TIMEOUT_S - 1)
+        server.send(request_bytes(b"/", b"x"))
+        respond(server.requests[number])
+    server.clock.advance(IDLE_TIMEOUT_S - 1)
+    assert server.wire.connected
+    server.clock.advance(1)
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
+def test_nothing_is_left_of_a_client_that_leaves_before_its_answer(server):
+    server.send(request_bytes(b"/", b"x"))
+    server.leave()
+    assert server.clock.getDelayedCalls() == []
+
+
 def test_a_client_may_wait_for_its_answer_as_long_as_that_takes(server):
     server.send(request_bytes(b"/", b"x"))
     server.clock.advance(100 * IDLE_TIMEOUT_S)
