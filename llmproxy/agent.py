@@ -137,17 +137,18 @@ def nothing() -> None:
 class Response:
     """An answer whose header has come. Its body is held up until `deliverBody`.
 
-    `fields`: the header's fields by their lower-case name. `length`: not told, as nobody needs it.
+    `fields`: the header's fields by their lower-case name. `phrase`, `length`: not told, as nobody
+    needs them.
     """
 
     version = (b"HTTP", 1, 1)
+    phrase = b""
     length: Any = UNKNOWN_LENGTH
     request: Any = None
     previousResponse: IResponse | None = None
 
-    def __init__(self, connection: Connection, code: int, phrase: bytes, fields: Fields) -> None:
+    def __init__(self, connection: Connection, code: int, fields: Fields) -> None:
         self.code = code
-        self.phrase = phrase
         self.fields = fields
         self._connection = connection
 
@@ -196,7 +197,6 @@ class Connection(Protocol):
         self._answer: Deferred[IResponse] | None = None
         self.response: Response | None = None
         self._fields: list[tuple[bytes, bytes]] = []
-        self._phrase = b""
         self._header_bytes = self._bare_bytes = 0
         self._framed = self._keep = self._held = False
         self._parts.clear()
@@ -283,10 +283,6 @@ class Connection(Protocol):
         if self._end is not None or not self._busy:
             raise BadAnswer("bytes after the end of the answer")
 
-    def on_status(self, phrase: bytes) -> None:
-        """The reason phrase, or a part of it."""
-        self._phrase += phrase
-
     def on_header(self, name: bytes, value: bytes) -> None:
         """A field of the header; those behind the body (trailers) are of no interest."""
         if self.response is None:
@@ -304,8 +300,8 @@ class Connection(Protocol):
             # HTTP/1.0 knows no chunks, whose ends its readers would not agree on.
             in_doubt = version == "1.0" or code in _BODILESS
             self._keep = parser.should_keep_alive() and not in_doubt
-            self.response = Response(self, code, self._phrase, fields)
-        self._fields, self._phrase = [], b""
+            self.response = Response(self, code, fields)
+        self._fields = []
 
     def _check(self, code: int, version: str, fields: Fields) -> None:
         """Raises BadAnswer for what llhttp lets through, and others could read in another way."""

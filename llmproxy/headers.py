@@ -26,7 +26,7 @@ TO_BACKEND = (
 #: Fields of a backend that a client may see.
 TO_CLIENT = (b"Content-Type", b"Content-Language", b"Retry-After", b"Openai-Processing-Ms")
 
-_TO_BACKEND = [(name.lower(), name) for name in TO_BACKEND]
+_TO_BACKEND = [(name.lower(), b"\r\n%b: " % name) for name in TO_BACKEND]
 _TO_CLIENT = [(name.lower(), name) for name in TO_CLIENT]
 
 
@@ -55,9 +55,9 @@ def for_backend(client: Fields, content_type: bytes, token: str | None) -> Lines
     lines = [b"\r\nContent-Type: ", content_type]
     if token is not None:
         lines += (b"\r\nAuthorization: Bearer ", token.encode())
-    for key, name in _TO_BACKEND:
+    for key, start in _TO_BACKEND:
         if key in client:
-            lines += (b"\r\n", name, b": ", client[key])
+            lines += (start, client[key])
     return Lines(b"".join(lines))
 
 
