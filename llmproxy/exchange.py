@@ -43,6 +43,7 @@ from llmproxy.logs import Logger
 from llmproxy.meter import StreamMeter
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Attempt, Entry, Kind, Outcome, Settlement, State, utcnow
+from llmproxy.policy import Ask
 from llmproxy.prices import PriceList
 from llmproxy.queueing import FairQueue
 from llmproxy.steps import Turns
@@ -171,7 +172,10 @@ class Exchange:
         if limits is not None and limits.concern(account):
             await self._enter(limits, account)
         try:
-            model = await self._admit(account)
+            self._admitted = await self._admission.admit(account)
+            if self._limits is not None:
+                await self._hold(self._limits, account, self._admitted.ask())
+            model = self._admitted.model
             queue = model.queue
             if not queue.enter_at_once():
                 await self._wait(queue, account.key_id)
@@ -206,9 +210,9 @@ class Exchange:
         finally:
             self._request.more_fields = limits.fields(account)
 
-    async def _hold(self, limits: Limits, account: Account, most: int) -> None:
+    async def _hold(self, limits: Limits, account: Account, ask: Ask) -> None:
         try:
-            tokens = limits.most(account, most)
+            tokens = limits.most(account, ask.prompt + ask.answer)
             if (holding := limits.hold(account, tokens)) is not None:
                 await self._while_there(holding)
             self._held = tokens
@@ -219,13 +223,6 @@ class Exchange:
         if self._held:  # it was not served
             limits.correct(account, self._held, 0)
         limits.leave(account)
-
-    async def _admit(self, account: Account) -> Model:
-        self._admitted = admitted = await self._admission.admit(account)
-        if self._limits is not None:
-            ask = admitted.ask()
-            await self._hold(self._limits, account, ask.prompt + ask.answer)
-        return admitted.model
 
     async def _wait(self, queue: FairQueue, key_id: str) -> None:
         """Wait for a place, as long as the client does. Raises TooManyRequests, ClientGone."""
