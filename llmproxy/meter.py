@@ -38,13 +38,15 @@ _OTHER_CONTENT = re.compile(
     rb'"(?:text|reasoning_content|reasoning|refusal|arguments)"\s*+:\s*+"(?!")'
     rb'|"(?:tool_calls|function_call)"\s*+:\s*+(?:\[\s*+)?\{'
 )
-# The text of a string. No pattern here can begin or end in it, nor can a line. But with its quotes
-# it could be taken for a name that `_Chat.see` looks for.
-_TEXT = re.compile(rb'(?!(?:usage|error)\Z)[^"\r\n]++')
-# An event around a text of it: all before the text, the length of that; all from its closing quote
-# on, the length of that; and what the client gets of it. A plain tuple, which is unpacked for each
-# event: one with names takes three times as long.
-_Mould = tuple[bytes, int, bytes, int, bytes]
+# What a string's text has none of: then no pattern here can begin or end in it, nor can a line.
+# They are numbers, as Python 3.11 raises and catches an error to look for bytes in bytes.
+_QUOTE, _CR, _LF = b'"\r\n'
+# With its quotes such a text could be taken for a name that `_Chat.see` looks for.
+_NAMES = frozenset([b"usage", b"error"])
+# An event around a text of it: all before the text; all from its closing quote on; the length of
+# both; and what the client gets of the latter. A plain tuple, which is unpacked for each event: one
+# with names takes three times as long.
+_Mould = tuple[bytes, bytes, int, bytes]
 _FINISHED = re.compile(rb'"finish_reason"\s*+:\s*+"')
 _NULL_AT_END = b',"usage":null}'
 # In valid JSON what stands before the very last brace belongs to the outermost object.
@@ -238,14 +240,14 @@ class _Chat(_Dialect):
         mould = self._mould
         if mould is None:
             return None
-        head, start, tail, rest, shown = mould
-        end = len(raw) - rest
-        if raw[:start] != head or raw[end:] != tail:
+        head, tail, length, shown = mould
+        text = raw.removeprefix(head).removesuffix(tail)
+        if len(raw) - len(text) != length or not text:
             return None
-        if _TEXT.fullmatch(raw, start, end) is None:
+        if _QUOTE in text or _LF in text or _CR in text or text in _NAMES:
             return None
         self.content_events += 1
-        return raw if shown is tail else raw[:end] + shown
+        return raw if shown is tail else head + text + shown
 
     def see(self, event: Event) -> bytes:
         data = event.data
@@ -341,8 +343,8 @@ def _mould(event: Event, shown: bytes, start: int) -> _Mould | None:
         return None
     if raw.find(b'"error"') >= 0 or raw != b"data: " + event.data + b"\n\n":
         return None
-    tail = raw[end:]
-    return raw[:start], start, tail, len(tail), tail if shown is raw else shown[end:]
+    head, tail = raw[:start], raw[end:]
+    return head, tail, len(head) + len(tail), tail if shown is raw else shown[end:]
 
 
 def _index(choices: object) -> object:
