@@ -330,10 +330,14 @@ class Connection(Protocol):
         if self._answer is not None:
             self._head_went_on(self._answer)
             return
-        if self._parts:
-            self._bare_bytes = 0
-        else:
+        parts, body = self._parts, self._body
+        if not parts:
             self._no_part_came(len(data))
+        else:
+            self._bare_bytes = 0
+            if len(parts) == 1 and body is not None and self._end is None:  # as a rule
+                body.dataReceived(parts.pop())
+                return
         self._hand_over()
 
     def _can_be_of_answer(self, data: bytes) -> bool:

@@ -60,7 +60,7 @@ class _SendsAtOnce(tcp.Connection):
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         # Python 3.11 finds them faster here than in the class, where Twisted has them.
-        self.bufferSize = READ_SIZE
+        self.bufferSize, self.dataBuffer = READ_SIZE, b""
         self._aborting = self._writeDisconnected = self.TLS = False
         super().__init__(*args, **kw)
 
