@@ -37,10 +37,9 @@ from llmproxy.errors import (
     Unavailable,
 )
 from llmproxy.failover import may_be_repeated, went_well
-from llmproxy.forward import Admitted, Ending, Forward, Lease, Order, Timing
+from llmproxy.forward import Admitted, Ending, Forward, Lease, Order, Pace, Timing
 from llmproxy.limits import Limits
 from llmproxy.logs import Logger
-from llmproxy.meter import StreamMeter
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Attempt, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.policy import Ask
@@ -105,7 +104,6 @@ class Exchange:
         "_held",
         "_is_cut",
         "_key_id",
-        "_last_chunk",
         "_limits",
         "_metrics",
         "_request",
@@ -136,7 +134,6 @@ class Exchange:
         self._began = services.monotonic()
         self._forward_began = 0.0
         self._first_token_s: float | None = None
-        self._last_chunk = 0.0
 
     async def run(self) -> None:
         """Serve the request. Never raises."""
@@ -353,9 +350,8 @@ class Exchange:
         self._metrics = services.metrics.for_backend(backend.name)
         self._forward_began = services.clock.seconds()
         lease = self._lease(entry)
-        forward = Forward(
-            order, self._down, services.clock, services.turns, timing, self._chunk_came, lease
-        )
+        pace = Pace(self._first_token_came, self._metrics.chunk_gap)
+        forward = Forward(order, self._down, services.clock, services.turns, timing, pace, lease)
         self._forward = forward
         if self._is_cut:
             forward.stop()
@@ -401,17 +397,10 @@ class Exchange:
 
     # -- what is measured ------------------------------------------------------------------
 
-    def _chunk_came(self, meter: StreamMeter, now: float) -> None:
-        metrics, last = self._metrics, self._last_chunk
-        if metrics is None:
-            return
-        if last:
-            count_gap = metrics.chunk_gap
-            count_gap(now - last)
-        self._last_chunk = now
-        if self._first_token_s is None and meter.content_events:
-            self._first_token_s = now - self._forward_began
-            metrics.first_token(self._first_token_s)
+    def _first_token_came(self, now: float) -> None:
+        self._first_token_s = seconds = now - self._forward_began
+        if self._metrics is not None:
+            self._metrics.first_token(seconds)
 
     def _measure(self, ending: Ending) -> None:
         metrics = self._metrics

@@ -10,7 +10,7 @@ whole of a JSON answer, is kept in the `Ending`, to be released when the bill is
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple, cast
 
@@ -59,6 +59,8 @@ KEEPALIVE = b": keep-alive\n\n"
 STREAM_FIELDS = [(b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no")]
 # Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
 _COMPLETE, _WHOLE, _UNFRAMED = Outcome.COMPLETE, BodyEnd.WHOLE, BodyEnd.UNFRAMED
+#: More events than come; Python 3.11 is slow to compare a whole number with infinity.
+_NO_END = sys.maxsize
 _BROKEN = BackendError("The model's server broke off its answer.")
 _SILENT = BackendTimeout("The model's server fell silent in the middle of its answer.")
 _STOPPING = Unavailable("The service is stopping; try again shortly.")
@@ -111,6 +113,17 @@ class Lease(NamedTuple):
     more: Callable[[Counts], Awaitable[int]]
 
 
+class Pace(NamedTuple):
+    """Who is told how fast a stream comes.
+
+    first_token: when its first content came, as the clock has it. gap: the seconds between two of
+    its chunks, each time.
+    """
+
+    first_token: Callable[[float], None]
+    gap: Callable[[float], None]
+
+
 class Timing(NamedTuple):
     """In seconds: how long a backend may be silent, and when a comment goes out (0: never)."""
 
@@ -127,8 +140,8 @@ class Forward:
         "_drain_until",
         "_lease",
         "_lease_until",
-        "_on_chunk",
         "_order",
+        "_pace",
         "_parts",
         "_reader",
         "_sending",
@@ -154,7 +167,7 @@ class Forward:
         clock: IReactorTime,
         turns: Turns,
         timing: Timing,
-        on_chunk: Callable[[StreamMeter, float], None],
+        pace: Pace,
         lease: Lease | None = None,
     ) -> None:
         self._order = order
@@ -162,7 +175,7 @@ class Forward:
         self._clock = clock
         self._turns = turns
         self._timing = timing
-        self._on_chunk = on_chunk
+        self._pace = pace
         self._sending: Deferred[Response] | None = None
         self._reader: BodyReader | None = None
         self._status: int | None = None
@@ -172,8 +185,8 @@ class Forward:
         self._too_much = False
         self._lease = lease
         # Up to which event with content; `_until` is the first of them.
-        self._drain_until: float = math.inf
-        self._lease_until: float = math.inf if lease is None else lease.first
+        self._drain_until = _NO_END
+        self._lease_until = _NO_END if lease is None else lease.first
         self._until = self._lease_until
         self._used_up: InsufficientQuota | None = None
         self._timers: dict[str, IDelayedCall] = {}
@@ -355,15 +368,22 @@ class Forward:
         return self._stream_ending(end, meter)
 
     def _passing_on(self, meter: StreamMeter) -> Callable[[bytes, float], None]:
-        feed, write, on_chunk = meter.feed, self._down.write, self._on_chunk
+        feed, write, count_gap = meter.feed, self._down.write, self._pace.gap
+        last, has_content = 0.0, False
 
         def pass_on(data: bytes, now: float) -> None:
+            nonlocal last, has_content
             passed = feed(data)
             if meter.oversized and self._reader is not None:
                 self._reader.stop(BodyEnd.BROKEN)  # it could be the end, and that can't go unread
                 return
             write(passed)
-            on_chunk(meter, now)
+            if last:
+                count_gap(now - last)
+            last = now
+            if not has_content and meter.content_events:
+                has_content = True
+                self._pace.first_token(now)
             if meter.ended and self._reader is not None:
                 self._reader.finish_within(END_GRACE_S)
             elif meter.content_events >= self._until:
@@ -375,7 +395,7 @@ class Forward:
         if meter.content_events >= self._drain_until:
             self.stop()
         elif self._lease is not None and self._reader is not None:
-            self._lease_until, self._until = math.inf, self._drain_until
+            self._lease_until, self._until = _NO_END, self._drain_until
             self._reader.hold()
             begin(self._ask_for_more(self._lease, self._reader, meter))
 

@@ -32,7 +32,7 @@ from llmproxy.errors import (
     InsufficientQuota,
     Unavailable,
 )
-from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Lease, Order, Timing
+from llmproxy.forward import END_GRACE_S, KEEPALIVE, Ending, Forward, Lease, Order, Pace, Timing
 from llmproxy.meter import StreamMeter, read_answer
 from llmproxy.model import Counts, Kind, Outcome, Reading
 from llmproxy.steps import Turns
@@ -45,6 +45,7 @@ COMPLETION = orjson.dumps({"choices": [], "usage": USAGE})
 HEL, LO = (
     sse_event({"choices": [{"index": 0, "delta": {"content": text}}]}) for text in ("Hel", "lo")
 )
+ROLE = sse_event({"choices": [{"index": 0, "delta": {"role": "assistant"}}]})
 USED = sse_event({"choices": [], "usage": USAGE})
 ERROR = sse_event({"error": {"message": "canary", "code": 500}})
 STREAM = head(200, CHUNKED)
@@ -91,14 +92,15 @@ class Story:
             meter=StreamMeter(Shape.CHAT) if stream else None,
             convert=convert,
         )
-        self.chunks: list[int] = []
+        self.first_tokens: list[float] = []
+        self.gaps: list[float] = []
         self.forward = Forward(
             order,
             self.down,
             clock,
             Turns(clock),
             Timing(SILENCE_S, keepalive_s),
-            lambda meter, now: self.chunks.append(meter.content_events),
+            Pace(self.first_tokens.append, self.gaps.append),
             lease,
         )
         self.running: Deferred[Ending] | None = None
@@ -273,7 +275,16 @@ def test_the_end_of_a_stream_is_kept_and_all_before_it_shown(story):
     ending = story.end()
     assert outcome_of(ending) == (Outcome.COMPLETE, EXACT, 200)
     assert (shown, ending.last) == (HEL + LO, DONE)
-    assert story.chunks == [1, 2, 2, 2]
+
+
+def test_the_first_token_and_the_gaps_between_chunks_are_told(story, clock):
+    story.answer(STREAM)
+    for piece in (chunk(ROLE), chunk(HEL), chunk(LO)):
+        clock.advance(0.5)
+        story.answer(piece)
+    assert story.first_tokens == [1.0]
+    assert story.gaps == [0.5, 0.5]
+    story.forward.stop()
 
 
 def test_chunks_pass_as_they_come(story):
