@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: What was read of a body that is no longer takes little more than a connection does.
 LIGHT = 2048
+# Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
+_MULTIPART = Body.MULTIPART
 
 
 class Admission:
@@ -63,7 +65,7 @@ class Admission:
         sent = self._request.fields
         if b"content-encoding" in sent:
             raise UnsupportedMediaType("A request's body can't have a Content-Encoding here.")
-        if self._endpoint.body is Body.MULTIPART:
+        if self._endpoint.body is _MULTIPART:
             return self._form(sent, account)
         return self._json(sent, account)
 

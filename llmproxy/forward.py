@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from twisted.internet.defer import Deferred
@@ -66,7 +67,12 @@ _SILENT = BackendTimeout("The model's server fell silent in the middle of its an
 _STOPPING = Unavailable("The service is stopping; try again shortly.")
 
 
-class Order(NamedTuple):
+# What each stage makes and the next one reads, and nobody changes. Python 3.11 reads a slot in a
+# sixth of the time of a named tuple's field; to make them frozen would take as long as that saves.
+
+
+@dataclass(slots=True)
+class Order:
     """An admitted request: where it goes, as what, and how its answer is read.
 
     meter: for an answer in a stream, if one was asked for. read: the usage in a whole answer.
@@ -82,7 +88,8 @@ class Order(NamedTuple):
     convert: Callable[[bytes], tuple[bytes, Iterable[bytes]]] | None = None
 
 
-class Admitted(NamedTuple):
+@dataclass(slots=True)
+class Admitted:
     """A request that may go to one of a model's servers.
 
     order: what it is for this one; None when it can't be sent there (any more). ask: what it takes
@@ -95,7 +102,8 @@ class Admitted(NamedTuple):
     affinity: bytes = b""
 
 
-class Ending(NamedTuple):
+@dataclass(slots=True)
+class Ending:
     """How a forward ended. `last`: what the client gets once the row is settled, the rest of a
     stream, a whole answer, or an error. `status`: the backend's, None if there was none."""
 

@@ -6,8 +6,9 @@ that a backend could read in another way than we did is refused, not repaired.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -51,7 +52,8 @@ _RUNNING_COUNTS = b'{"include_usage":true,"continuous_usage_stats":true}'
 _CHAT, _RESPONSES = Shape.CHAT, Shape.RESPONSES
 
 
-class JSONRequest(NamedTuple):
+@dataclasses.dataclass(slots=True)  # see `forward.Order`
+class JSONRequest:
     """A request's body, understood.
 
     `body`: its members, or after `lightened` what is asked for later.
@@ -127,7 +129,8 @@ def lightened(request: JSONRequest) -> JSONRequest:
     What was read of it can take fifty times its bytes.
     """
     present = {key: None for key in _REPLACED if key in request.body}
-    return request._replace(
+    return dataclasses.replace(
+        request,
         body=present | policy.essence(request.body),
         members=[member for member in request.members if member.key in _REPLACED],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from unittest.mock import patch
 
@@ -55,13 +56,18 @@ def _plan_both(endpoint: Endpoint, raw: bytes) -> JSONRequest:
         assert large.param == small.param or "is too long" in large.message
         raise small
     assert not isinstance(large, BadRequest), f"only short ones are taken: {large}"
-    assert large[2:-2] == small[2:-2]
+    assert _told(large) == _told(small)
     assert _refused(endpoint, large) == _refused(endpoint, small)
     for model, continuous in product((None, small.model, "org/x"), (False, True)):
         body = body_for(small, endpoint, model=model, continuous=continuous)
         for other in (large, lightened(small), lightened(large)):
             assert body_for(other, endpoint, model=model, continuous=continuous) == body
     return small
+
+
+def _told(request: JSONRequest) -> JSONRequest:
+    """What it says of the body, and not where that was found."""
+    return replace(request, raw=b"", body={}, members=(), in_short=False)
 
 
 def _refused(endpoint: Endpoint, request: JSONRequest) -> str | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -100,7 +101,7 @@ def running_count_on_disconnect(set_attribute: SetAttribute) -> None:
         if ending.outcome is not Outcome.CLIENT_GONE:
             return ending
         counts = {**ending.reading.counts, Kind.COMPLETION: self._order.meter.content_events}
-        return ending._replace(reading=ending.reading._replace(counts=counts))
+        return replace(ending, reading=ending.reading._replace(counts=counts))
 
     set_attribute(Forward, "run", run_and_forget)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -219,7 +220,7 @@ def cut_stream_ends_cleanly() -> AbstractContextManager[Any]:
 
     def cut_short(self: Forward, end: Any, reading: Any) -> Ending:
         ending = original(self, end, reading)
-        return ending._replace(last=b"") if self._down.started else ending
+        return replace(ending, last=b"") if self._down.started else ending
 
     return mock.patch.object(Forward, "_cut_short", cut_short)
 
@@ -230,7 +231,7 @@ def whole_answer_for_nothing_when_the_client_left() -> AbstractContextManager[An
 
     async def settle(self: Exchange, entry: Entry, ending: Ending) -> None:
         if ending.outcome is Outcome.CLIENT_GONE:
-            ending = ending._replace(reading=NOTHING)
+            ending = replace(ending, reading=NOTHING)
         await original(self, entry, ending)
 
     return mock.patch.object(Exchange, "_settle", settle)
