@@ -57,11 +57,11 @@ class Checkpoints(Service):
     def _write(self) -> None:
         if self._writing:  # the store is slow: the next round has newer numbers anyway
             return
-        changed = {}
+        changed, written = {}, self._written
         for rid, counts in self._streams.items():
             now = counts()
-            if any(now.values()) and now != self._written.get(rid):
-                changed[rid] = self._written[rid] = dict(now)
+            if now != written.get(rid) and any(now.values()):
+                changed[rid] = written[rid] = dict(now)
         if changed:
             self._writing = True
             self._ledger.checkpoint(changed).addBoth(self._done)

@@ -356,7 +356,7 @@ class Exchange:
         if self._is_cut:
             forward.stop()
         if order.meter is not None:  # else it has no counts before its end
-            services.checkpoints.follow(entry.rid, lambda: forward.reading().counts)
+            services.checkpoints.follow(entry.rid, order.meter.counts)
         return forward
 
     async def _settle(self, entry: Entry, ending: Ending) -> None:

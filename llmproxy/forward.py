@@ -216,10 +216,6 @@ class Forward:
         finally:
             self._over()
 
-    def reading(self) -> Reading:
-        """What is known of the usage so far."""
-        return Reading() if self._order.meter is None else self._order.meter.reading()
-
     def stop(self) -> None:
         """End it now. What was metered so far counts."""
         self._stopped = True
@@ -273,7 +269,10 @@ class Forward:
 
     def _failed(self, error: Exception) -> Ending:
         """There is no answer, or none that can be used."""
-        reading = self.reading() if self._sent and not isinstance(error, NotSent) else NOTHING
+        meter = self._order.meter
+        reading = Reading() if meter is None else meter.reading()
+        if isinstance(error, NotSent) or not self._sent:
+            reading = NOTHING
         if self._stopped or not isinstance(error, ProxyError):
             return self._ending(Outcome.CLIENT_GONE, reading, _STOPPING)
         ours = isinstance(error, BackendError) or self._sent

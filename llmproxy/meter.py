@@ -115,6 +115,10 @@ class StreamMeter:
         """What is known now."""
         return self._dialect.reading()
 
+    def counts(self) -> Counts:
+        """The counts of `reading` alone, which are asked for each second."""
+        return self._dialect.counts()
+
     def feed(self, data: bytes) -> bytes:
         """Take bytes of the stream; what may be passed to the client now.
 
@@ -201,11 +205,13 @@ class _Dialect:
         return event.raw
 
     def reading(self) -> Reading:
-        counts = dict(self._counts)
-        if self._answered and not self._exact:
-            known = counts.get(_COMPLETION, 0)
-            counts[_COMPLETION] = max(known, self.content_events)
-        return Reading(counts, self._exact, self._raw, self._answered)
+        return Reading(self.counts(), self._exact, self._raw, self._answered)
+
+    def counts(self) -> Counts:
+        counts = self._counts
+        if self._exact or not self._answered or self.content_events < counts.get(_COMPLETION, 0):
+            return counts
+        return {**counts, _COMPLETION: self.content_events}
 
     def _absurd(self, raw: str | None) -> None:
         if raw is not None:
