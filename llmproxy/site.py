@@ -119,6 +119,10 @@ class Request:
         "version",
     )
 
+    #: What Twisted's tree asks for while it looks for the resource.
+    prepath: list[bytes]
+    postpath: list[bytes]
+
     def __init__(self, site: Site, channel: IsChannel, message: Message, upload: Upload) -> None:
         self.rid = new_request_id()
         self.site = site
@@ -137,8 +141,6 @@ class Request:
         self._served = False
         self._lingering: IDelayedCall | None = None
         self._lost_calls: list[Callable[[], None]] = []
-        self.prepath: list[bytes] = []
-        self.postpath: list[bytes] = []
         self._began = site.monotonic()
         site.began(self)
 
@@ -189,9 +191,9 @@ class Request:
         self.started, self.status = True, status
         lines = [_STATUS_LINES[self.version, status], self.site.preamble(), self.rid.encode()]
         for name, value in fields:
-            lines.append(b"\r\n%b: %b" % (name, value))
+            lines += (b"\r\n", name, b": ", value)
         for name, value in self.more_fields:
-            lines.append(b"\r\n%b: %b" % (name, value))
+            lines += (b"\r\n", name, b": ", value)
         if not self._channel.keep:
             lines.append(b"\r\nConnection: close")
         if length is None and self.version == b"HTTP/1.1":
@@ -383,7 +385,7 @@ class Site(server.Site):
         """The resource of the request's path."""
         found = self._resources.get(request.path)
         if found is None:
-            request.postpath = request.path.split(b"/")
+            request.prepath, request.postpath = [], request.path.split(b"/")
             found = self.getResourceFor(cast(Any, request))
             if getattr(found, "is_fixed", False):  # what is not in the tree could be anything
                 self._resources[request.path] = found
