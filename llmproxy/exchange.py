@@ -378,12 +378,12 @@ class Exchange:
 
     def _release(self, ending: Ending) -> None:
         last = ending.last
-        if isinstance(last, ProxyError):
-            self._tell(last)
-        elif isinstance(last, Answer):
+        if isinstance(last, Answer):
             self._down.answer(last.status, last.fields, last.body)
-        else:
+        elif isinstance(last, bytes):
             self._down.finish(last)
+        else:
+            self._tell(last)
 
     def _tell(self, error: ProxyError) -> None:
         """Tell the client, in its own dialect, and so that a cut answer can't pass for whole."""

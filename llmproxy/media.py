@@ -30,13 +30,14 @@ _MEDIA = frozenset(
 )
 # Servers of tools, in the dialects of responses and of messages.
 _TOOLS = {"tools": "server_url", "mcp_servers": "url"}
+_TOOL_LISTS = frozenset(_TOOLS)
 _LOOKED_INTO = _MEDIA | _WITHIN
 _HAS_URL = _MEDIA | {"source", "file"}
 _FETCHED = _MEDIA | {f"{name}.url" for name in _HAS_URL}
 _ROOTS, _TEXT_ROOTS = _CONTENT | _MEDIA, _TEXTS | _MEDIA
 
 #: Fields of a body that are looked into.
-NAMES = _TEXT_ROOTS.union(_TOOLS)
+NAMES = _TEXT_ROOTS | _TOOL_LISTS
 
 # Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
 _EMBEDDING = Shape.EMBEDDING
@@ -56,7 +57,7 @@ def remote_url(endpoint: Endpoint, body: Mapping[str, Any]) -> str | None:
             if name in roots
         ]
     )
-    if found is not None or _TOOLS.keys().isdisjoint(body):
+    if found is not None or _TOOL_LISTS.isdisjoint(body):
         return found
     return _tool_server(body)
 
