@@ -34,7 +34,8 @@ SetAttribute = Callable[[Any, str, Any], object]
 def bill_after_release(set_attribute: SetAttribute) -> None:
     async def serve(self: Any) -> None:
         account = await self._authenticate()
-        model = await self._admit(account)
+        self._admitted = await self._admission.admit(account)
+        model = self._admitted.model
         entry = self._entry(account, model.backend)
         await self._open(entry)
         ending = await self._send(entry, model)
