@@ -483,8 +483,9 @@ class Channel(Protocol):
         self._read_or_not()
 
     def _read_or_not(self) -> None:
-        full = bool(self._queue) or len(self._unread) > HIGH_WATER
-        pause = self._held or self._congested or (full and self.request is not None)
+        pause = self._held or self._congested
+        if self.request is not None and not pause:
+            pause = bool(self._queue) or len(self._unread) > HIGH_WATER
         if pause != self._paused and not self._gone and not self._closing:
             self._paused = pause
             if pause:
