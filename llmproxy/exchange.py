@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from llmproxy import dialects
 from llmproxy.admission import Admission
@@ -39,7 +40,7 @@ from llmproxy.errors import (
 from llmproxy.failover import may_be_repeated, went_well
 from llmproxy.forward import Admitted, Ending, Forward, Lease, Order, Pace, Timing
 from llmproxy.limits import Limits
-from llmproxy.logs import Logger
+from llmproxy.logs import Line
 from llmproxy.metrics import BackendMetrics, Metrics
 from llmproxy.model import BILLED, Account, Attempt, Entry, Kind, Outcome, Settlement, State, utcnow
 from llmproxy.policy import Ask
@@ -54,6 +55,13 @@ if TYPE_CHECKING:
     from llmproxy.site import Request
 
 log = Logger()
+_DONE = Line(
+    log,
+    "{outcome} {rid} key={key_id} model={model} path={path} status={status}"
+    " backend_status={backend_status} state={state}"
+    " prompt={prompt} completion={completion} embedding={embedding} audio_s={audio_s}"
+    " ms={duration_ms} ttft_ms={ttft_ms}",
+)
 T = TypeVar("T")
 
 # Python 3.11 takes longer to get a member of an enumeration than to do anything with it.
@@ -420,25 +428,22 @@ class Exchange:
 
     def _log(self, entry: Entry, closing: Settlement, status: int) -> None:
         prompt, completion, embedding, audio_s = map(closing.counts.get, _KINDS)
-        log.info(
-            "{outcome} {rid} key={key_id} model={model} path={path} status={status}"
-            " backend_status={backend_status} state={state}"
-            " prompt={prompt} completion={completion} embedding={embedding} audio_s={audio_s}"
-            " ms={duration_ms} ttft_ms={ttft_ms}",
-            outcome=str(closing.outcome),
-            rid=entry.rid,
-            key_id=entry.account.key_id,
-            model=entry.model,
-            path=entry.path,
-            status=status,
-            backend_status=closing.status,
-            state=str(closing.state),
-            prompt=prompt,
-            completion=completion,
-            embedding=embedding,
-            audio_s=audio_s,
-            duration_ms=_ms(self._services.monotonic() - self._began),
-            ttft_ms=None if self._first_token_s is None else _ms(self._first_token_s),
+        first_token_s = self._first_token_s
+        _DONE(
+            str(closing.outcome),
+            entry.rid,
+            entry.account.key_id,
+            entry.model,
+            entry.path,
+            status,
+            closing.status,
+            str(closing.state),
+            prompt,
+            completion,
+            embedding,
+            audio_s,
+            _ms(self._services.monotonic() - self._began),
+            None if first_token_s is None else _ms(first_token_s),
         )
 
 

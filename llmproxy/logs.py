@@ -4,8 +4,8 @@
 by it is a `LoggingService`: it hands its observer to the application as soon as it is put into it,
 which is before twistd begins to log. So nothing is logged twice, and nothing in another format.
 
-Each request has its line, so an event costs little: `Logger.info` makes it, `Observer` formats it
-by what it has kept of the event's format, and `DescriptorSink` writes many lines at once.
+Each request has its line, so that costs little: a `Line` has taken its format apart before, and is
+no event where only our own observer would see it; `DescriptorSink` writes many lines at once.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from operator import itemgetter
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 import orjson
 from twisted.application.service import IServiceCollection, MultiService
-from twisted.logger import ILogObserver, LogEvent, LoggingFile, LogLevel, formatEvent
-from twisted.logger import Logger as TwistedLogger
+from twisted.logger import (
+    ILogObserver,
+    LogEvent,
+    Logger,
+    LoggingFile,
+    LogLevel,
+    formatEvent,
+    globalLogPublisher,
+)
 from twisted.python.components import Componentized
-from zope.interface import directlyProvides, implementer
+from zope.interface import implementer
 
 from llmproxy.errors import ConfigError
 
 #: A level's name in the configuration, and its rank.
 LEVELS = {"DEBUG": 0, "INFO": 1, "WARNING": 2, "ERROR": 3, "CRITICAL": 4}
 _NAMES = tuple(LEVELS)
-_INFO = LogLevel.info
-_WARNING = LEVELS["WARNING"]
+_INFO, _WARNING = LEVELS["INFO"], LEVELS["WARNING"]
 _RANKS = {
     LogLevel.debug: 0,
     LogLevel.info: 1,
@@ -69,24 +73,43 @@ _MILLISECONDS = [f".{each:03d}Z" for each in range(1000)]
 _CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.\-]*://)[^\s\"'<>]*@")
 _SECRETS = re.compile(r"(?i)((?:password|secret|token|api_?key)[=:])[^\s&,;\"'<>]+")
 
-Format = Callable[[LogEvent], str]
+#: Makes a line of an event's time (Unix), level, namespace, message, fields, and traceback.
+Format = Callable[[float, str, str, str, Iterable[tuple[str, object]], str | None], str]
 
 
-class Logger(TwistedLogger):
-    """Twisted's, but its `info` takes a quarter of the time.
+class Line:
+    """A line that is logged often, at INFO: called with the values of its format's fields (`{name}`
+    and no more), in their order.
 
-    `Logger.emit` looks through all levels, in order, to see whether the given one exists.
+    It is an event like any other where somebody else than our own observer listens, too.
     """
 
-    def info(self, format: str | None = None, **fields: object) -> None:
-        """See `twisted.logger.Logger.info`."""
-        fields["log_logger"] = self
-        fields["log_level"] = _INFO
-        fields["log_namespace"] = self.namespace
-        fields["log_source"] = self.source
-        fields["log_format"] = format
-        fields["log_time"] = time.time()
-        self.observer(fields)
+    __slots__ = ("_format", "_logger", "names", "namespace", "template")
+
+    def __init__(self, logger: Logger, text: str) -> None:
+        parts = [(literal, name) for literal, name, *_ in string.Formatter().parse(text)]
+        self._logger, self._format = logger, text
+        self.namespace = logger.namespace
+        self.names = [name for _, name in parts if name is not None]
+        #: The format with `%s` in the places of the fields, which takes two thirds of the time.
+        self.template = "".join(
+            literal.replace("%", "%%") + ("" if name is None else "%s") for literal, name in parts
+        )
+
+    def __call__(self, *values: object) -> None:
+        observer = _only_observer()
+        if observer is not None:
+            observer.write(self, values)
+        else:
+            self._logger.info(self._format, **dict(zip(self.names, values, strict=True)))
+
+
+def _only_observer() -> Observer | None:
+    """Our observer, if nobody else observes."""
+    observers: Sequence[object] = getattr(globalLogPublisher, "_observers", ())
+    if len(observers) == 1 and type(observers[0]) is Observer:
+        return observers[0]
+    return None
 
 
 def redact(text: str) -> str:
@@ -123,40 +146,7 @@ def word(text: str) -> str:
 def message(event: LogEvent) -> str:
     """The event's text, or its failure's where it has none."""
     failure = event.get("log_failure")
-    text = _formatted(event)
-    return _safe(text or (failure.getErrorMessage() if failure else ""))
-
-
-def _formatted(event: LogEvent) -> str:
-    text = event.get("log_format")
-    # A tenth of formatEvent's time, which knows more: calls ("{name()}") and flattened events.
-    if isinstance(text, str) and "log_flattened" not in event:
-        try:
-            if plain := _plain_format(text):
-                template, values = plain
-                return template % values(event)
-            if "(" not in text:
-                return text.format_map(event)
-        except Exception:
-            pass  # formatEvent says what is wrong with it
-    return formatEvent(event)
-
-
-@lru_cache(256)
-def _plain_format(text: str) -> tuple[str, Callable[[LogEvent], tuple[object, ...]]] | None:
-    """A format of at least two plain names (`{name}`) with `%s` in their places, and the getter of
-    their values: a third of the time of `format_map`. None for any other.
-    """
-    parts = list(string.Formatter().parse(text))
-    names = [name for _, name, _, _ in parts if name is not None]
-    if len(names) < 2 or any(spec or conversion for _, _, spec, conversion in parts):
-        return None
-    if not all(name.isidentifier() for name in names):
-        return None
-    marks = ("" if name is None else "%s" for _, name, _, _ in parts)
-    literals = (literal.replace("%", "%%") for literal, *_ in parts)
-    template = "".join(part for pair in zip(literals, marks, strict=True) for part in pair)
-    return template, itemgetter(*names)
+    return _safe(formatEvent(event) or (failure.getErrorMessage() if failure else ""))
 
 
 def _safe(text: str) -> str:
@@ -187,46 +177,55 @@ class _Times:
         return self._text + _MILLISECONDS[milliseconds]
 
 
-def _level(event: LogEvent) -> str:
-    return _NAMES[_RANKS.get(event.get("log_level"), 1)]
-
-
-def text_format() -> Format:
+def text_format(worker: int | None = None) -> Format:
     """`TIME LEVEL NAMESPACE  MESSAGE`; the lines of a traceback follow, indented.
 
     A worker's number stands behind its namespace, in brackets.
     """
     times = _Times()
+    who = "" if worker is None else f"[{worker}]"
 
-    def line(event: LogEvent) -> str:
-        when, where = times(event["log_time"]), event.get("log_namespace", "-")
-        if (worker := event.get(WORKER)) is not None:
-            where = f"{where}[{worker}]"
-        first = escape(f"{when} {_level(event)} {where}  {message(event)}")
-        trace = _traceback(event)
-        if trace is None:
+    def line(
+        when: float,
+        level: str,
+        namespace: str,
+        message: str,
+        fields: Iterable[tuple[str, object]],
+        traceback: str | None,
+    ) -> str:
+        first = escape(f"{times(when)} {level} {namespace}{who}  {message}")
+        if traceback is None:
             return first
-        return "\n    ".join([first, *map(escape, trace.split("\n"))])
+        return "\n    ".join([first, *map(escape, traceback.split("\n"))])
 
     return line
 
 
-def json_format() -> Format:
+def json_format(worker: int | None = None) -> Format:
     """One object: `time`, `level`, `namespace`, `message`, the event's own fields that are plain
-    values, and `traceback` where there is one.
+    values, `worker` with its number, and `traceback` where there is one.
     """
     times = _Times()
 
-    def line(event: LogEvent) -> str:
-        record = {
-            "time": times(event["log_time"]),
-            "level": _level(event),
-            "namespace": str(event.get("log_namespace", "-")),
-            "message": message(event),
+    def line(
+        when: float,
+        level: str,
+        namespace: str,
+        message: str,
+        fields: Iterable[tuple[str, object]],
+        traceback: str | None,
+    ) -> str:
+        record: dict[str, object] = {
+            "time": times(when),
+            "level": level,
+            "namespace": namespace,
+            "message": message,
         }
-        record.update(_fields(event, record))
-        if (trace := _traceback(event)) is not None:
-            record["traceback"] = trace
+        _add_plain(record, fields)
+        if worker is not None:
+            record[WORKER] = worker
+        if traceback is not None:
+            record["traceback"] = traceback
         return _encoded(record)
 
     return line
@@ -238,34 +237,27 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 def _encoded(record: Mapping[str, object]) -> str:
     """A record as JSON in ASCII, with all control characters escaped."""
     # What orjson writes in ASCII is what json does, in a tenth of the time; but for DEL, and for
-    # floats with an exponent.
+    # how it writes the exponent of a float.
     try:
         text = orjson.dumps(record).decode()
     except TypeError:
         text = "\x7f"  # lone surrogates, integers of more than 64 bits
-    if text.isascii() and "\x7f" not in text and not _has_exponent(record):
+    if text.isascii() and "\x7f" not in text:
         return text
     # All but DEL is escaped by the encoder, as it writes ASCII only.
     return _encode(record).replace("\x7f", "\\u007f")
 
 
-def _has_exponent(record: Mapping[str, object]) -> bool:
-    for value in record.values():
-        if type(value) is float and value and not 1e-3 <= abs(value) < 1e15:
-            return True
-    return False
-
-
-def _fields(event: LogEvent, taken: Mapping[str, object]) -> dict[str, Any]:
-    fields = {}
-    for name, value in event.items():
-        if name[:4] == "log_" or name in taken:
+def _add_plain(record: dict[str, object], fields: Iterable[tuple[str, object]]) -> None:
+    for name, value in fields:
+        if name[:4] == "log_" or name in record:
             continue
-        if isinstance(value, str):
-            fields[name] = _safe(value)
-        elif value is None or _is_plain(value):
-            fields[name] = value
-    return fields
+        if value is None or type(value) is int:
+            record[name] = value
+        elif isinstance(value, str):
+            record[name] = _safe(value)
+        elif _is_plain(value):
+            record[name] = value
 
 
 def _is_plain(value: object) -> bool:
@@ -450,13 +442,35 @@ class Observer:
         self._told = 0
 
     def __call__(self, event: LogEvent) -> None:
-        rank = _RANKS.get(event.get("log_level"), 1)
+        rank = _RANKS.get(event.get("log_level"), _INFO)
         if not self._passes(rank, event):
             return
         try:
-            text = self._line(event)
+            text = self._line(
+                event["log_time"],
+                _NAMES[rank],
+                str(event.get("log_namespace", "-")),
+                message(event),
+                event.items(),
+                _traceback(event),
+            )
         except Exception as error:
-            text = self._own(f"an event could not be written: {type(error).__name__}")
+            text = self._broken(error)
+        self._write(text, rank)
+
+    def write(self, line: Line, values: tuple[object, ...]) -> None:
+        """Write what the event of `line` with these values would give."""
+        if self._rank > _INFO:
+            return
+        try:
+            said = _safe(line.template % values)
+            fields = zip(line.names, values, strict=True)
+            text = self._line(time.time(), "INFO", line.namespace, said, fields, None)
+        except Exception as error:
+            text = self._broken(error)
+        self._write(text, _INFO)
+
+    def _write(self, text: str, rank: int) -> None:
         lost = self.sink.dropped
         may_wait = rank < _WARNING and lost == self._told
         if lost > self._told:
@@ -480,39 +494,26 @@ class Observer:
             return True
         return not str(event.get("log_namespace", "")).startswith(_LIBRARIES)
 
+    def _broken(self, error: Exception) -> str:
+        return self._own(f"an event could not be written: {type(error).__name__}")
+
     def _own(self, text: str) -> str:
-        return self._line(
-            {
-                "log_time": time.time(),
-                "log_level": LogLevel.error,
-                "log_namespace": __name__,
-                "log_format": "{text}",
-                "text": text,
-            }
-        )
+        return self._line(time.time(), "ERROR", __name__, text, [("text", text)], None)
 
 
-def of_worker(number: int, observer: ILogObserver) -> ILogObserver:
-    """An observer that tells `observer` which worker it is that says something."""
-
-    def observe(event: LogEvent) -> None:
-        observer({**event, WORKER: number})
-
-    directlyProvides(observe, ILogObserver)
-    return cast(ILogObserver, observe)
-
-
-def observer(stream: IO[str] | IO[bytes] | None, log_format: str, level: str) -> Observer:
+def observer(
+    stream: IO[str] | IO[bytes] | None, log_format: str, level: str, worker: int | None = None
+) -> Observer:
     """An observer that writes to `stream` as `log_format` (`text`, `json`) has it.
 
     Events below `level` (a key of `LEVELS`) are left out, and what the libraries say below WARNING,
-    unless `level` is DEBUG.
+    unless `level` is DEBUG. `worker`: the number of the worker process that says it.
     """
-    return Observer(sink(stream), _line_format(log_format), level)
+    return Observer(sink(stream), _line_format(log_format, worker), level)
 
 
-def _line_format(name: str) -> Format:
-    return json_format() if name == "json" else text_format()
+def _line_format(name: str, worker: int | None = None) -> Format:
+    return json_format(worker) if name == "json" else text_format(worker)
 
 
 def descriptor_of(observer: ILogObserver | None) -> int:

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
+from twisted.logger import Logger
 from twisted.web import server
 from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
@@ -27,7 +28,7 @@ from llmproxy.connections import Connections
 from llmproxy.endpoints import Dialect
 from llmproxy.errors import CLIENT_GONE, ProxyError
 from llmproxy.ids import new_request_id
-from llmproxy.logs import Logger
+from llmproxy.logs import Line
 from llmproxy.metrics import Metrics
 from llmproxy.throttle import source_of
 from llmproxy.upload import Upload
@@ -43,6 +44,12 @@ MAX_LOGGED = 200
 VARIABLE = "LLMPROXY_HTTP"
 
 log = Logger()
+_REFUSED = Line(
+    log,
+    "refused {rid} key={key_id} model={model} path={path} status={status} code={code}"
+    " ms={duration_ms}",
+)
+_NO_REQUEST = Line(log, "no request {rid}: status={status} code={code} {reason}")
 
 _VERSIONS = (b"HTTP/1.1", b"HTTP/1.0")
 _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -294,16 +301,14 @@ class Request:
         self, error: ProxyError, key_id: str | None = None, model: str | None = None
     ) -> None:
         """The line for a request that was sent to no backend."""
-        log.info(
-            "refused {rid} key={key_id} model={model} path={path} status={status} code={code}"
-            " ms={duration_ms}",
-            rid=self.rid,
-            key_id=key_id,
-            model=model and logs.word(model),  # the client's own
-            path=self.path[:MAX_LOGGED].decode("ascii", "replace"),
-            status=error.status,
-            code=error.code,
-            duration_ms=round(1000 * (self.site.monotonic() - self._began), 1),
+        _REFUSED(
+            self.rid,
+            key_id,
+            model and logs.word(model),  # the client's own
+            self.path[:MAX_LOGGED].decode("ascii", "replace"),
+            error.status,
+            error.code,
+            round(1000 * (self.site.monotonic() - self._began), 1),
         )
 
     def __repr__(self) -> str:
@@ -419,13 +424,7 @@ class Site(server.Site):
     def malformed(self, error: ProxyError, request: Request | None) -> bytes:
         """Something came that is no request, or `request` is none after all; the answer to it."""
         rid = new_request_id()
-        log.info(
-            "no request {rid}: status={status} code={code} {reason}",
-            rid=rid,
-            status=error.status,
-            code=error.code,
-            reason=error.message,
-        )
+        _NO_REQUEST(rid, error.status, error.code, error.message)
         if self._metrics is not None and request is None:  # else it is counted when it ends
             self._metrics.malformed(error.status)
         return refusal_answer(error, rid)

@@ -178,9 +178,9 @@ class WorkerProcess:
         self, number: int, config: Mapping[str, Any], listeners: list[Any], pems: list[Any]
     ) -> None:
         settings = config_from_json(config)
-        observer = logs.observer(sys.stdout, settings.log_format, settings.log_level)
+        observer = logs.observer(sys.stdout, settings.log_format, settings.log_level, number)
         observer.gather(self._reactor)
-        globalLogBeginner.beginLoggingTo([logs.of_worker(number, observer)])
+        globalLogBeginner.beginLoggingTo([observer])
         self._proxy = proxy = WorkerProxy(
             settings, number, listeners, _pems(pems), Loads(LOADS), self._reactor
         )

@@ -237,13 +237,16 @@ def test_the_table_of_states_is_what_billing_does() -> None:
 
 def log_formats() -> dict[str, str]:
     """Every format that is given to a logger, with the level at which it is logged."""
-    names = {"failure": "CRITICAL", "warn": "WARNING"} | {name.lower(): name for name in LEVELS}
+    names = {"failure": "CRITICAL", "warn": "WARNING", "Line": "INFO"} | {
+        name.lower(): name for name in LEVELS
+    }
     found = {}
     for path in sorted((ROOT / "llmproxy").rglob("*.py")):
         tree = ast.parse(path.read_text())
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args):
             if (method := logging_method(call, names)) is not None:
-                found[literal(call.args[0], tree)] = names.get(method, method)
+                text = call.args[1 if method == "Line" else 0]
+                found[literal(text, tree)] = names.get(method, method)
     return found
 
 
@@ -251,6 +254,8 @@ def logging_method(call: ast.Call, names: Mapping[str, str]) -> str | None:
     match call.func:
         case ast.Attribute(value=ast.Name(id="log") | ast.Attribute(attr="log"), attr=method):
             return method if method in names else None
+        case ast.Name(id="Line"):
+            return "Line"
         case ast.Name(id="tell"):  # a method of the logger that was chosen before
             return "INFO for up, WARNING for down"
     return None

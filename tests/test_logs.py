@@ -14,19 +14,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.application.service import Application
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, Logger, LogLevel, formatEvent
+from twisted.logger import (
+    ILogObserver,
+    Logger,
+    LogLevel,
+    LogPublisher,
+    formatEvent,
+    globalLogPublisher,
+)
 from twisted.python.failure import Failure
 
 from llmproxy import logs
 from llmproxy.errors import ConfigError
-from llmproxy.logs import DescriptorSink, LoggingService, Observer, escape, redact
-from llmproxy.model import Kind
+from llmproxy.logs import DescriptorSink, Line, LoggingService, Observer, escape, redact
 
 WHEN = 1_795_446_000.1239
 
@@ -75,8 +82,11 @@ def test_a_json_line_has_the_fields_of_its_own_too():
 
 
 def test_times_go_on_across_seconds():
-    observe = logs.text_format()
-    times = [observe(event() | {"log_time": when})[:24] for when in (WHEN, WHEN + 0.5, WHEN + 0.9)]
+    line = logs.text_format()
+    times = [
+        line(when, "INFO", "llmproxy", "hello", (), None)[:24]
+        for when in (WHEN, WHEN + 0.5, WHEN + 0.9)
+    ]
     assert times == [
         "2026-11-23T15:00:00.123Z",
         "2026-11-23T15:00:00.623Z",
@@ -181,8 +191,6 @@ def test_a_field_that_raises_in_its_repr_raises_nothing():
     assert written(event("{a}", a=Angry())).count("\n") == 1
 
 
-NAMES = st.sampled_from(["a", "b", "class", "a.real", "a!r", "b:>3", "0", "", "b()", "missing"])
-LITERALS = st.sampled_from(["", " ", "x=", "{{", "}}", "%s", "{", "\u2028"])
 PLAIN = (
     st.none()
     | st.booleans()
@@ -194,13 +202,6 @@ PLAIN = (
 )
 
 
-@given(st.lists(st.tuples(LITERALS, NAMES), max_size=4), LITERALS, PLAIN, PLAIN)
-def test_a_format_gives_what_twisted_makes_of_it(parts, last, a, b):
-    text = "".join(f"{literal}{{{name}}}" for literal, name in parts) + last
-    fields = {"a": a, "b": b, "class": Kind.PROMPT}
-    assert logs.message(event(text, **fields)) == logs._safe(formatEvent(event(text, **fields)))
-
-
 @given(st.dictionaries(st.text(max_size=5), PLAIN, max_size=5))
 def test_what_orjson_writes_is_what_json_does(fields):
     fields = {
@@ -208,31 +209,85 @@ def test_what_orjson_writes_is_what_json_does(fields):
         for name, value in fields.items()
         if not (isinstance(value, float) and not math.isfinite(value))
     }
-    expected = json.dumps(fields, separators=(",", ":"), allow_nan=False)
-    assert logs._encoded(fields) == expected.replace("\x7f", "\\u007f")
+    found = logs._encoded(fields)
+    assert found.isascii()
+    assert found.isprintable()
+    assert json.loads(found) == fields
+
+
+# A line that is logged often
+
+
+@pytest.fixture
+def published() -> Iterator[LogPublisher]:
+    """The publisher of all events, as long as nobody observes but whom the test lets in."""
+    publisher, others = globalLogPublisher, globalLogPublisher._observers
+    publisher._observers = []
+    yield publisher
+    publisher._observers = others
+
+
+LITERALS = st.sampled_from(["", " ", "x=", "{{", "}}", "%s", "\u2028", "://"])
+
+
+@given(
+    log_format=st.sampled_from(["text", "json"]),
+    literals=st.lists(LITERALS, min_size=4, max_size=4),
+    values=st.lists(PLAIN | st.just("http://u:p@h"), min_size=3, max_size=3),
+)
+def test_a_line_is_written_as_its_event_is(log_format, literals, values):
+    text = "".join(f"{literal}{{{name}}}" for literal, name in zip(literals, "abc", strict=False))
+    line = Line(Logger("llmproxy.exchange"), text + literals[-1])
+    expected = written(
+        event(text + literals[-1], **dict(zip("abc", values, strict=True))), log_format=log_format
+    )
+    stream = io.StringIO()
+    with mock.patch("time.time", return_value=WHEN):
+        logs.observer(stream, log_format, "INFO").write(line, tuple(values))
+    assert stream.getvalue() == expected
+
+
+def test_a_line_that_only_we_observe_is_no_event(published, monkeypatch):
+    stream = io.StringIO()
+    published.addObserver(logs.observer(stream, "text", "INFO"))
+    logger = Logger("llmproxy.x")
+    monkeypatch.setattr(logger, "info", pytest.fail)
+    Line(logger, "{a} of {b}")(1, None)
+    assert stream.getvalue().endswith(" INFO llmproxy.x  1 of None\n")
+
+
+def test_a_line_that_others_observe_too_is_an_event(published):
+    events: list[dict[str, Any]] = []
+    stream = io.StringIO()
+    published.addObserver(logs.observer(stream, "text", "INFO"))
+    published.addObserver(events.append)
+    Line(Logger("llmproxy.x"), "{a} of {b}")(1, None)
+    assert stream.getvalue().endswith(" INFO llmproxy.x  1 of None\n")
+    [found] = events
+    assert formatEvent(found) == "1 of None"
+    assert (found["a"], found["b"], found["log_level"]) == (1, None, LogLevel.info)
+
+
+def test_a_line_is_below_a_level_like_its_event():
+    stream = io.StringIO()
+    logs.observer(stream, "text", "WARNING").write(Line(Logger(), "{a}"), (1,))
+    assert stream.getvalue() == ""
+
+
+def test_a_line_that_can_not_be_written_raises_nothing():
+    stream = io.StringIO()
+    logs.observer(stream, "text", "INFO").write(Line(Logger(), "{a}"), ())
+    assert "could not be written: TypeError" in stream.getvalue()
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_an_info_event_is_what_twisted_makes_of_it(log_format):
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
-    logs.Logger("llmproxy.x", "source", ours.append).info("{a}", a=1, b=None)  # type: ignore[arg-type]
-    Logger("llmproxy.x", "source", theirs.append).info("{a}", a=1, b=None)  # type: ignore[arg-type]
-    different = {"log_logger": None, "log_time": WHEN}
-    assert ours[0] | different == theirs[0] | different
-    assert [*ours[0]] == [*theirs[0]]
-    assert written(ours[0] | different, log_format=log_format) == written(
-        theirs[0] | different, log_format=log_format
-    )
-
-
-def test_a_logger_is_named_after_its_module_and_its_class():
-    class Holder:
-        log = logs.Logger()
-
-    assert logs.Logger().namespace == __name__
-    assert Holder().log.namespace == f"{__name__}.Holder"
-    assert isinstance(Holder().log, logs.Logger)
+def test_a_worker_s_line_has_its_number(log_format):
+    stream = io.StringIO()
+    logs.observer(stream, log_format, "INFO", worker=3)(event())
+    if log_format == "json":
+        assert json.loads(stream.getvalue())["worker"] == 3
+    else:
+        assert stream.getvalue().endswith(" INFO llmproxy.exchange[3]  hello\n")
 
 
 # What passes
