@@ -448,7 +448,7 @@ class Metrics:
             "Requests of clients, by the status of our answer.",
             ["method", "path", "status"],
         )
-        self._request_cells: dict[tuple[str, str, int], Count] = {}
+        self._request_cells: dict[tuple[bytes, bytes, int], Count] = {}
         self._request_duration = _Histograms(
             registry,
             "llmproxy_request_duration_seconds",
@@ -566,16 +566,22 @@ class Metrics:
         """A client's request has come; `request_done` is called for it later, once."""
         self._active.value += 1
 
-    def request_done(self, method: str, path: str, status: int, seconds: float) -> None:
+    def request_done(self, method: bytes, path: bytes, status: int, seconds: float) -> None:
         """A client's request ended. `path` is as it was sent, without a query."""
         self._active.value -= 1
-        key = (method if method in METHODS else OTHER, _path_label(path), status)
-        found = self._request_cells.get(key)
+        found = self._request_cells.get((method, path, status))
         if found is None:
-            cell = self._requests.cell(key[0], key[1], _status_label(status))
-            found = self._request_cells[key] = cell
+            found = self._request_cell(method, path, status)
         found.value += 1
         self._request_duration.observe(seconds)
+
+    def _request_cell(self, method: bytes, path: bytes, status: int) -> Count:
+        sent = method.decode("ascii", "replace"), path.decode("ascii", "replace")
+        labels = sent[0] if sent[0] in METHODS else OTHER, _path_label(sent[1])
+        cell = self._requests.cell(*labels, _status_label(status))
+        if sent == labels:  # else clients could have any number of them kept
+            self._request_cells[method, path, status] = cell
+        return cell
 
     def malformed(self, status: int) -> None:
         """What came was no request."""

@@ -433,10 +433,8 @@ class Site(server.Site):
         """It was answered, or its client left."""
         if self._metrics is None:
             return
-        path = request.path.decode("ascii", "replace")
-        method = request.method.decode("ascii", "replace")
         status = request.status if request.started else CLIENT_GONE
-        self._metrics.request_done(method, path, status, seconds)
+        self._metrics.request_done(request.method, request.path, status, seconds)
 
 
 def _cors(origin: str | None) -> bytes:

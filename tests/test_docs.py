@@ -158,7 +158,7 @@ def exposed() -> dict[str, set[str]]:
     """The labels of every metric, once each has been used."""
     metrics = Metrics("0", ["m"])
     metrics.request_started()
-    metrics.request_done("POST", "/", 200, 1.0)
+    metrics.request_done(b"POST", b"/", 200, 1.0)
     backend = metrics.for_backend("m")
     backend.request_done(200, 1.0)
     backend.error("refused")

@@ -75,7 +75,7 @@ def test_every_promised_name_is_exposed_with_its_type(counted):
 
 def test_a_request_is_counted_under_its_method_path_and_status(counted):
     counted.request_started()
-    counted.request_done("POST", CHAT, 200, 0.3)
+    counted.request_done(b"POST", CHAT.encode(), 200, 0.3)
     labels = {"method": "POST", "path": CHAT, "status": "200"}
     assert value(counted, "llmproxy_requests_total", **labels) == 1
     assert value(counted, "llmproxy_request_duration_seconds_sum") == 0.3
@@ -84,13 +84,13 @@ def test_a_request_is_counted_under_its_method_path_and_status(counted):
 def test_requests_in_flight_are_those_started_and_not_done(counted):
     counted.request_started()
     counted.request_started()
-    counted.request_done("GET", "/v1/models", 200, 0.1)
+    counted.request_done(b"GET", b"/v1/models", 200, 0.1)
     assert value(counted, "llmproxy_active_requests") == 1
 
 
 def test_a_flood_of_made_up_names_adds_no_more_than_one_label_each(counted):
     for number in range(1000):
-        counted.request_done(f"M{number}", f"/v1/{number}\n", 1000 + number, 0.1)
+        counted.request_done(b"M%d" % number, b"/v1/%d\n" % number, 1000 + number, 0.1)
         backend = counted.for_backend(f"model-{number}")
         backend.request_done(600 + number, 0.1)
         backend.error(f"error-{number}")
@@ -110,9 +110,19 @@ def test_a_flood_of_made_up_names_adds_no_more_than_one_label_each(counted):
     assert labels_of(counted, "llmproxy_backend_up", "model") == set()
 
 
+def test_only_requests_that_are_labelled_as_they_were_sent_are_found_again(counted):
+    for method, path in [(b"POST", b"/v1/x"), (b"X", CHAT.encode()), (b"GET", b"/v1/models/m1")]:
+        counted.request_done(method, path, 200, 0.1)
+    assert counted._request_cells == {}
+    for _ in range(2):
+        counted.request_done(b"POST", CHAT.encode(), 200, 0.1)
+    [cell] = counted._request_cells.values()
+    assert cell.value == 2
+
+
 def test_all_models_by_id_are_one_path(counted):
-    counted.request_done("GET", "/v1/models/m1", 200, 0.1)
-    counted.request_done("GET", "/v1/models/m2", 200, 0.1)
+    counted.request_done(b"GET", b"/v1/models/m1", 200, 0.1)
+    counted.request_done(b"GET", b"/v1/models/m2", 200, 0.1)
     labels = {"method": "GET", "path": "/v1/models", "status": "200"}
     assert value(counted, "llmproxy_requests_total", **labels) == 2
 

@@ -132,7 +132,7 @@ def busy() -> Metrics:
     metrics = Metrics("1", ["m"])
     metrics.request_started()
     metrics.request_started()
-    metrics.request_done("GET", "/", 200, 0.2)
+    metrics.request_done(b"GET", b"/", 200, 0.2)
     backend = metrics.for_backend("m")
     backend.request_done(200, 1.0)
     backend.billed({Kind.PROMPT: 3})
