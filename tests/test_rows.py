@@ -232,7 +232,7 @@ def test_what_is_closed_before_it_is_opened_in_one_commit_is_open(file: sqlite3.
 def test_a_checkpoint_of_many_rows_is_for_those_that_are_open(file: sqlite3.Connection) -> None:
     rids = [f"r{number:03}" for number in range(2 * rows.MOST_ROWS + 3)]
     _write(file, [*map(opened, rids), settled(rids[0])])
-    rows.CHANGE.write(file, [rows.checkpoint(rid, {Kind.COMPLETION: 7}) for rid in rids])
+    rows.CHECKPOINT.write(file, [rows.checkpoint(rid, {Kind.COMPLETION: 7}) for rid in rids])
     noted = file.execute("SELECT prompt, completion FROM ledger ORDER BY rid").fetchall()
     assert noted == [(3, 2)] + [(None, 7)] * (len(rids) - 1)
     assert quantities(file) == [(rids[0], 3), (rids[0], 2)]

@@ -62,7 +62,7 @@ class File:
         moment = datetime(2026, 3, 15, tzinfo=UTC)
         entry = Entry(rid, moment, Account(key), "/v1/x", "m", "gpu", price, held)
         rows.CHANGE.write(self.connection, [rows.opening(entry, "owner")])
-        rows.CHANGE.write(self.connection, [rows.checkpoint(rid, counted(running))])
+        rows.CHECKPOINT.write(self.connection, [rows.checkpoint(rid, counted(running))])
 
     def close(self, rid: str, state: State, day: date = TODAY, **counts: int) -> None:
         noon = datetime(day.year, day.month, day.day, 12, tzinfo=UTC)

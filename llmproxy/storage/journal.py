@@ -506,7 +506,7 @@ class SQLiteLedger:
     def checkpoint(self, running: Mapping[str, Counts]) -> Deferred[None]:
         """See `ILedger.checkpoint`."""
         noted = [rows.checkpoint(rid, counts) for rid, counts in running.items()]
-        return self.writer.write(lambda connection: rows.CHANGE.write(connection, noted))
+        return self.writer.write(lambda connection: rows.CHECKPOINT.write(connection, noted))
 
     def note(self, attempt: Attempt) -> Deferred[None]:
         """See `ILedger.note`."""

@@ -90,7 +90,7 @@ class SQLiteSpending:
         found: list[Spending] = []
 
         def read(connection: sqlite3.Connection) -> None:
-            rows.CHANGE.write(connection, noted)
+            rows.CHECKPOINT.write(connection, noted)
             found[:] = [self._read(connection, key_id)]
 
         return self._writer.write(read).addCallback(lambda _: found[0])
