@@ -191,13 +191,15 @@ class Exchange:
                     entry = await self._afford(budgets, own, entry)
                 await self._open(entry)
                 ending = await self._send(entry, model)
-                await self._settle(entry, ending)
+                closing = await self._settle(entry, ending)
             finally:
                 queue.leave()
         finally:  # before the client has its answer's end, and can ask again
             if self._limits is not None:
                 self._leave(self._limits, account)
+        status = self._told(ending)
         self._release(ending)
+        self._note_end(entry, closing, status)  # nobody waits for that
 
     # -- authenticate, admit ---------------------------------------------------------------
 
@@ -301,7 +303,7 @@ class Exchange:
             if not several:
                 break
             tried.append(order.route)
-            self._note(entry, len(tried), order.route, ending)
+            self._note_attempt(entry, len(tried), order.route, ending)
             order = self._again(model, ending, tried)
         return ending
 
@@ -329,7 +331,7 @@ class Exchange:
             self._metrics.failed_over()
         return order
 
-    def _note(self, entry: Entry, number: int, route: Route, ending: Ending) -> None:
+    def _note_attempt(self, entry: Entry, number: int, route: Route, ending: Ending) -> None:
         """Each attempt is a fact, though one is billed."""
         attempt = Attempt(
             entry.rid, number, utcnow(), route.backend.url, ending.outcome, ending.status
@@ -367,15 +369,12 @@ class Exchange:
             services.checkpoints.follow(entry.rid, order.meter.counts)
         return forward
 
-    async def _settle(self, entry: Entry, ending: Ending) -> None:
+    async def _settle(self, entry: Entry, ending: Ending) -> Settlement:
         closing = settlement(ending.outcome, ending.reading, utcnow(), ending.status)
         await self._services.ledger.settle(entry, closing)
-        self._services.metrics.ledger_rows(closing.state)
-        if closing.state in BILLED and self._metrics is not None:
-            self._metrics.billed(closing.counts)
         if self._limits is not None:
             self._correct(self._limits, entry.account, closing)
-        self._log(entry, closing, self._told(ending))
+        return closing
 
     def _correct(self, limits: Limits, account: Account, closing: Settlement) -> None:
         """What was held is as much as was billed; of what nobody knows, it stays."""
@@ -425,6 +424,12 @@ class Exchange:
         if isinstance(ending.last, bytes) or self._down.started:
             return 200
         return ending.last.status
+
+    def _note_end(self, entry: Entry, closing: Settlement, status: int) -> None:
+        self._services.metrics.ledger_rows(closing.state)
+        if closing.state in BILLED and self._metrics is not None:
+            self._metrics.billed(closing.counts)
+        self._log(entry, closing, status)
 
     def _log(self, entry: Entry, closing: Settlement, status: int) -> None:
         prompt, completion, embedding, audio_s = map(closing.counts.get, _KINDS)
