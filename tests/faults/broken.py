@@ -23,9 +23,10 @@ from typing import Any
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import deferLater
 
+from llmproxy import billing
 from llmproxy.exchange import Exchange
 from llmproxy.forward import Ending, Forward
-from llmproxy.model import Entry, Kind, Outcome, Settlement, events
+from llmproxy.model import Entry, Kind, Outcome, Settlement, events, utcnow
 from llmproxy.storage import journal, rows, sqlite
 
 SetAttribute = Callable[[Any, str, Any], object]
@@ -87,9 +88,10 @@ def synchronous_normal(set_attribute: SetAttribute) -> None:
 def drop_on_disconnect(set_attribute: SetAttribute) -> None:
     settle = Exchange._settle
 
-    async def settle_unless_gone(self: Any, entry: Entry, ending: Ending) -> None:
+    async def settle_unless_gone(self: Any, entry: Entry, ending: Ending) -> Settlement:
         if ending.outcome is not Outcome.CLIENT_GONE:
-            await settle(self, entry, ending)
+            return await settle(self, entry, ending)
+        return billing.settlement(ending.outcome, ending.reading, utcnow(), ending.status)
 
     set_attribute(Exchange, "_settle", settle_unless_gone)
 

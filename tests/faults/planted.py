@@ -16,6 +16,7 @@ import simulation
 from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 
+from llmproxy import billing
 from llmproxy.auth import Authenticator
 from llmproxy.billing import NOTHING
 from llmproxy.checkpoints import Checkpoints
@@ -24,7 +25,7 @@ from llmproxy.errors import StorageError
 from llmproxy.exchange import Exchange
 from llmproxy.forward import Ending, Forward
 from llmproxy.meter import StreamMeter, _Chat
-from llmproxy.model import Account, Counts, Entry, Kind, Outcome
+from llmproxy.model import Account, Counts, Entry, Kind, Outcome, Settlement, utcnow
 from llmproxy.storage import journal, rows
 from llmproxy.storage.journal import GroupCommit, Opening, SQLiteLedger
 from llmproxy.usage import Report
@@ -77,9 +78,10 @@ def no_settlement_when_the_client_left() -> AbstractContextManager[Any]:
     """Nobody waits for the answer, so nobody bills it."""
     original = Exchange._settle
 
-    async def settle(self: Exchange, entry: Entry, ending: Ending) -> None:
+    async def settle(self: Exchange, entry: Entry, ending: Ending) -> Settlement:
         if not self._down.gone:
-            await original(self, entry, ending)
+            return await original(self, entry, ending)
+        return billing.settlement(ending.outcome, ending.reading, utcnow(), ending.status)
 
     return mock.patch.object(Exchange, "_settle", settle)
 

@@ -43,10 +43,14 @@ async def connection(
     port: int, buffer: int = 2**17
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     plain = socket.socket()
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    plain.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(plain, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=plain, limit=buffer)
+    try:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        plain.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(plain, ("127.0.0.1", port))
+        reader, writer = await asyncio.open_connection(sock=plain, limit=buffer)
+    except BaseException:  # its end, most often: it is cancelled
+        plain.close()
+        raise
     try:
         yield reader, writer
     finally:
