@@ -237,7 +237,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 def _encoded(record: Mapping[str, object]) -> str:
     """A record as JSON in ASCII, with all control characters escaped."""
     # What orjson writes in ASCII is what json does, in a tenth of the time; but for DEL, and for
-    # how it writes the exponent of a float.
+    # 1e16, which is as good as 1e+16.
     try:
         text = orjson.dumps(record).decode()
     except TypeError:

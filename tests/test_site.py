@@ -43,6 +43,15 @@ def respond(request: Request, body: bytes = b"ok") -> None:
     request.answer(200, [], body)
 
 
+def silent_until_closed(server):
+    """The client asks for nothing more: it is closed when it is time, and not before."""
+    server.clock.advance(IDLE_TIMEOUT_S - 1)
+    assert server.wire.connected
+    server.clock.advance(1)
+    server.clock.advance(0)
+    assert not server.wire.connected
+
+
 def answers(sent: bytes) -> list[Answer]:
     """All the answers that came; each has a Content-Length."""
     found = []
@@ -181,11 +190,7 @@ def test_a_connection_whose_body_was_held_up_still_idles_out(server, holds):
     server.clock.advance(10 * IDLE_TIMEOUT_S)  # the answer takes long
     assert server.wire.connected
     respond(server.requests[0])
-    server.clock.advance(IDLE_TIMEOUT_S - 1)
-    assert server.wire.connected
-    server.clock.advance(1)
-    server.clock.advance(0)
-    assert not server.wire.connected
+    silent_until_closed(server)
 
 
 def test_a_body_that_ends_while_it_is_held_up_leaves_the_answer_all_the_time(server):
@@ -314,11 +319,7 @@ def test_the_silence_counts_from_the_last_answer(server):
         server.clock.advance(IDLE_TIMEOUT_S - 1)
         server.send(request_bytes(b"/", b"x"))
         respond(server.requests[number])
-    server.clock.advance(IDLE_TIMEOUT_S - 1)
-    assert server.wire.connected
-    server.clock.advance(1)
-    server.clock.advance(0)
-    assert not server.wire.connected
+    silent_until_closed(server)
 
 
 def test_nothing_is_left_of_a_client_that_leaves_before_its_answer(server):

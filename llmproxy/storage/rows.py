@@ -54,8 +54,8 @@ def _values(columns: Sequence[str]) -> str:
 
 def _settings(columns: Sequence[str]) -> str:
     """For all columns but the first, which says whose they are."""
-    pairs = zip(columns, _PARAMETERS, strict=False)
-    return ", ".join(f"{column} = new.{name}" for column, name in list(pairs)[1:])
+    pairs = zip(columns[1:], _PARAMETERS[1:], strict=False)
+    return ", ".join(f"{column} = new.{name}" for column, name in pairs)
 
 
 CHANGE_VIEW = f"""
